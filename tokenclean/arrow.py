@@ -1,0 +1,156 @@
+"""Tables on disk: Arrow shards with a manifest, written once, read through memory maps.
+
+A table is a folder of ``part-00000.arrow`` files (Arrow IPC) and a ``manifest.json``. The folder
+appears under its final name only when it is complete, so an interrupted writer leaves nothing that
+could be mistaken for a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+MANIFEST = "manifest.json"
+#: Rows per shard: a few MB for samples of ordinary length.
+ROWS_PER_SHARD = 4096
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` only if the block finishes."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a torn one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a table folder.
+
+    Raises:
+        ValueError: if the folder has none, or holds another kind of table.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("kind") != kind:
+        raise ValueError(f"{folder} holds a {manifest.get('kind')}, not a {kind}")
+    return manifest
+
+
+def write_shard(folder: Path, number: int, batch: pa.RecordBatch) -> None:
+    """Write one record batch as shard ``number`` of a table."""
+    with (
+        pa.OSFile(str(folder / f"part-{number:05d}.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+def list_array(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.ListArray:
+    """NumPy rows as one Arrow list array."""
+    offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int32)
+    values = np.concatenate(arrays) if arrays else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=dtype))
+
+
+class ListColumn:
+    """One list column as NumPy views on the memory map; ``column[i]`` is row i's array."""
+
+    def __init__(self, chunks: list[pa.Array]):
+        self._values = [c.values for c in chunks]
+        self._offsets = [c.offsets.to_numpy() for c in chunks]
+        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+        self._views = [
+            None if pa.types.is_boolean(v.type) or v.null_count else v.to_numpy()
+            for v in self._values
+        ]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        i = row - int(self._starts[chunk])
+        start, stop = int(self._offsets[chunk][i]), int(self._offsets[chunk][i + 1])
+        view = self._views[chunk]
+        if view is not None:
+            return view[start:stop]
+        return self._values[chunk].slice(start, stop - start).to_numpy(zero_copy_only=False)
+
+    def counts(self) -> np.ndarray:
+        """List length of every row, int64."""
+        if not self._offsets:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate([np.diff(o) for o in self._offsets]).astype(np.int64)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Per shard: first row, list lengths of its rows, its values end to end."""
+        for k, offsets in enumerate(self._offsets):
+            view = self._views[k]
+            first, last = int(offsets[0]), int(offsets[-1])
+            if view is None:
+                values = self._values[k].slice(first, last - first).to_numpy(zero_copy_only=False)
+            else:
+                values = view[first:last]
+            yield int(self._starts[k]), np.diff(offsets), values
+
+
+class ArrowTable:
+    """A finished table: memory-mapped, so opening costs the same for any size."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, kind)
+        parts = sorted(self.folder.glob("part-*.arrow"))
+        self._batches: list[pa.RecordBatch] = []
+        for part in parts:
+            # The arrays keep their map alive.
+            reader = pa.ipc.open_file(pa.memory_map(str(part), "r"))
+            self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        rows = sum(b.num_rows for b in self._batches)
+        if rows != self.manifest["rows"]:
+            raise ValueError(
+                f"{folder}: the manifest states {self.manifest['rows']} rows, the shards hold "
+                f"{rows}; delete the folder and write it again"
+            )
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._batches[0].schema.names) if self._batches else []
+
+    def lists(self, name: str) -> ListColumn:
+        return ListColumn([b.column(name) for b in self._batches])
+
+    def values(self, name: str) -> list[Any]:
+        """A scalar column as Python values (ids, sources)."""
+        return [v for b in self._batches for v in b.column(name).to_pylist()]
+
+    def batches(self) -> list[pa.RecordBatch]:
+        return self._batches

@@ -1,0 +1,1 @@
+"""From scores to cleaned pools, and the loop that alternates scoring and training."""

@@ -1,0 +1,505 @@
+"""The loop driver: score, select, train, again.
+
+Fixed-model and self-evolving cleaning are two schedules of one loop. Every step leaves a folder
+that appears only when it is complete, so a run that was cut off goes on where it stopped:
+
+    outputs/<run>/
+      config.yaml  log.txt  summary.json  results.md  results.json
+      scores/base/            every row of the pool under theta_0, shared by all arms
+      scores/warmup/          every row under the warm-up model, if an arm asks for it
+      warmup/                 cleaned/ (D_0, all kept), adapter/ (theta_1)
+      arms/<arm>/cleaned/     the arm's cleaned pool
+      arms/<arm>/adapter/     the arm's model: the base plus this one adapter
+      arms/<arm>/result.json  what was measured of it
+      arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from lightning import Trainer, seed_everything
+
+from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, write_json
+from tokenclean.cleaning.apply import ScoredRows, clean
+from tokenclean.cleaning.results import ArmResult, write_results
+from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
+from tokenclean.data.datamodule import TuluDataModule
+from tokenclean.data.pool import TokenPool
+from tokenclean.data.rows import TokenRows
+from tokenclean.evaluation.planted import answer_accuracy, mask_quality, mean_nll
+from tokenclean.models import TRAINED_IDS, Network, trained_ids
+from tokenclean.runs import stop_if_interrupted
+from tokenclean.scoring.module import ScoringModule, score_manifest
+from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.selection.rules import RuleName, Scope, SelectionConfig
+from tokenclean.training.module import CleanedSFTModule
+
+log = logging.getLogger(__name__)
+
+Schedule = Literal["warmup", "fixed_model", "self_evolving"]
+
+
+@dataclass
+class Arm:
+    """One way to clean and train.
+
+    Args:
+        schedule: ``warmup`` stops after D_0 (the paper's DS2 row). ``fixed_model`` scores the whole
+            pool once and trains the base on the result. ``self_evolving`` takes D_1 ... D_T in
+            turn: the model after the last round is the reference, and training goes on from it.
+        rule: see `SelectionConfig`.
+        scope: see `SelectionConfig`.
+        keep: share of response tokens kept; null takes the run's ``selection.keep``.
+    """
+
+    schedule: Schedule
+    rule: RuleName = "token_cleaning"
+    scope: Scope = "global"
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        self.selection(SelectionConfig())
+
+    def selection(self, run: SelectionConfig) -> SelectionConfig:
+        """The run's selection settings with this arm's own put in."""
+        keep = run.keep if self.keep is None else self.keep
+        return replace(run, rule=self.rule, scope=self.scope, keep=keep)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.schedule != "warmup" and self.rule == "token_cleaning"
+
+    @property
+    def needs_warmup(self) -> bool:
+        return self.schedule != "fixed_model" or self.needs_scores
+
+
+@dataclass
+class LoopConfig:
+    """What the loop runs.
+
+    Args:
+        arms: name -> arm, run in this order.
+        warmup_epochs: epochs on D_0; null takes the trainer's ``max_epochs`` (the paper: 1).
+        warmup_learning_rate: of the warm-up; null takes the optimizer's own (the paper: the same).
+        score_base: the base of round t's score: ``theta_0`` (the text and the released scripts of
+            arXiv 2502.01968) or ``previous``, theta_{t-1}, as its Algorithm 1 prints.
+        continue_adapter: go on training one adapter instead of a fresh one per round.
+    """
+
+    arms: dict[str, Arm] = field(
+        default_factory=lambda: {"self_evolving": Arm(schedule="self_evolving")}
+    )
+    warmup_epochs: int | None = None
+    warmup_learning_rate: float | None = None
+    score_base: Literal["theta_0", "previous"] = "theta_0"
+    continue_adapter: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("loop.arms: no arm given")
+        for name in self.arms:
+            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+                raise ValueError(f"loop.arms: {name!r} cannot be a folder name")
+        if "base" in self.arms:
+            raise ValueError("loop.arms: `base` is always run; give the arm another name")
+        if self.score_base == "previous" and self.continue_adapter:
+            raise ValueError(
+                "loop.score_base: previous needs one adapter per round; it does not go with "
+                "loop.continue_adapter"
+            )
+        if self.warmup_epochs is not None and self.warmup_epochs < 1:
+            raise ValueError(f"loop.warmup_epochs: {self.warmup_epochs}; at least 1 is needed")
+
+
+class CleaningLoop:
+    """Runs every arm of a configuration in one process, over one base in memory.
+
+    Args:
+        make_module: a new `CleanedSFTModule` with the run's settings.
+        make_trainer: a new Lightning Trainer; takes the changes to the run's trainer settings.
+        data: the data module, with its tokenizer set.
+        selection: keep share and options that the arms share.
+        loop: arms and schedules.
+        folder: the run folder.
+        seed: of adapters, dropout and the random rule.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], CleanedSFTModule],
+        make_trainer: Callable[..., Trainer],
+        data: TuluDataModule,
+        selection: SelectionConfig,
+        loop: LoopConfig,
+        folder: Path,
+        seed: int,
+    ):
+        self.make_module, self.make_trainer = make_module, make_trainer
+        self.data, self.selection, self.loop = data, selection, loop
+        self.folder, self.seed = folder, seed
+        self.template = make_module()
+        if self.template.adapters:
+            raise ValueError("model.adapters: `clean` starts from the bare base; leave them out")
+        if self.template.lora is None and loop.score_base == "previous":
+            raise ValueError("loop.score_base: previous needs LoRA rounds, not full fine-tuning")
+        self._network: Network | None = None
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def pool(self) -> TokenPool:
+        return self.data.pool
+
+    @property
+    def full_tuning(self) -> bool:
+        return self.template.lora is None
+
+    def run(self) -> dict[str, Any]:
+        """Every arm in order; returns the run's summary and, as ``results``, the arms'."""
+        self.data.prepare_data()
+        self.data.setup()
+        self._check()
+        parts = self.data.subset_rows()
+        results = [self._evaluated("base", self.folder / "base", [])]
+        if any(arm.needs_scores for arm in self.loop.arms.values()):
+            self._base_scores()
+        if any(arm.needs_warmup for arm in self.loop.arms.values()):
+            self._warm_up(parts[0])
+        for name, arm in self.loop.arms.items():
+            log.info("arm %s: %s", name, arm)
+            results.append(self._arm(name, arm, parts))
+            write_results(self.folder, results)
+        write_results(self.folder, results)
+        return {
+            "samples": len(self.pool),
+            "response_tokens": int(self.pool.response_counts().sum()),
+            "arms": len(results),
+            **{f"{k}_seconds": round(v, 2) for k, v in self._seconds.items()},
+            "results": results,
+        }
+
+    def _check(self) -> None:
+        needs_truth = [
+            n for n, a in self.loop.arms.items() if a.selection(self.selection).needs_truth
+        ]
+        if needs_truth and not self.pool.has_truth:
+            raise ValueError(
+                f"loop.arms: {', '.join(needs_truth)} keeps tokens by planted truth, which this "
+                "pool does not have"
+            )
+        if self.data.subset is not None:
+            raise ValueError("data.subset: `clean` uses every part; leave it out")
+        if self.data.subsets < 2 and any(
+            a.schedule == "self_evolving" for a in self.loop.arms.values()
+        ):
+            raise ValueError("data.subsets: self-evolving cleaning needs at least 2 parts")
+
+    # -- models -------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> Network:
+        """The base, loaded when it is first needed: a finished run loads nothing."""
+        if self._network is None:
+            device = self.make_trainer(logger=False).strategy.root_device
+            self._network = Network.load(self.template.base, device, full=self.full_tuning)
+            self.data.layout = self._network.layout
+        return self._network
+
+    def _at_base(self) -> Network:
+        if self.full_tuning:
+            # Training changes the weights in place, so theta_0 has to be read again.
+            if self._network is not None and self._network.training_full:
+                self._network = None
+        else:
+            self.network.drop_adapters()
+        return self.network
+
+    def _at(self, folders: list[Path]) -> Network:
+        """theta_0 plus the adapters in these folders (full fine-tuning: the last one's weights)."""
+        if self.full_tuning:
+            if folders:
+                base = replace(self.template.base, name=str(folders[-1]), tokenizer=None)
+                self._network = Network.load(base, full=True)
+                return self._network
+            return self._at_base()
+        network = self._at_base()
+        for folder in folders:
+            network.load_adapter(folder)
+        network.freeze()
+        return network
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _base_scores(self) -> ScoreTable:
+        rows = np.arange(len(self.pool))
+        return self._score(self.folder / "scores" / "base", rows, lambda: self._at_base(), [])
+
+    def _warm_up(self, rows: np.ndarray) -> None:
+        """theta_1: the base trained on every response token of D_0."""
+        step = self.folder / "warmup"
+        self._clean(
+            ScoredRows(self.pool, rows, None, None, round=0), SelectionConfig(rule="full"), step
+        )
+        if not _is_trained(step):
+            log.info("warm-up on D_0: %d samples", len(rows))
+            self._at_base()
+            epochs, rate = self.loop.warmup_epochs, self.loop.warmup_learning_rate
+            self._train(step, [], round_number=0, epochs=epochs, learning_rate=rate)
+
+    def _warmup_scores(self) -> ScoreTable:
+        """The whole pool under the warm-up model: the reference of every fixed-model arm."""
+        adapter = self.folder / "warmup" / "adapter"
+        rows = np.arange(len(self.pool))
+        return self._score(
+            self.folder / "scores" / "warmup", rows, lambda: self._at([adapter]), [adapter]
+        )
+
+    def _score(
+        self,
+        folder: Path,
+        rows: np.ndarray,
+        get_network: Callable[[], Network],
+        adapters: list[Path],
+        depth: int | None = None,
+    ) -> ScoreTable:
+        if not (folder / MANIFEST).is_file():
+            network = get_network()
+            with self._timed("score"), network.at_depth(network.depth if depth is None else depth):
+                token_rows = TokenRows(self.pool, rows)
+                manifest = score_manifest(
+                    self.pool,
+                    self.template.base,
+                    [str(a) for a in adapters],
+                    network,
+                    self.data.token_budget,
+                )
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                trainer = self.make_trainer(
+                    logger=False,
+                    callbacks=[ScoreWriter(token_rows, folder, manifest)],
+                    scoring=True,
+                )
+                module = ScoringModule(self.template.base)
+                module.network = network
+                loader = self.data.scoring_loader(token_rows)
+                trainer.predict(module, loader, return_predictions=False)
+                stop_if_interrupted(trainer)
+            log.info("scored %d samples into %s", len(rows), folder)
+        return ScoreTable(folder)
+
+    def _train(
+        self,
+        step: Path,
+        stand_on: list[Path],
+        round_number: int,
+        epochs: int | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Train what is in memory on ``step/cleaned``; ``step/adapter`` gets the new weights.
+
+        The seed depends on the round alone: arms differ in what they train on, nothing else.
+        """
+        network = self.network
+        seed_everything(self.seed + round_number, verbose=False)
+        module = self.make_module()
+        module.network, module.learning_rate = network, learning_rate
+        if self.loop.continue_adapter and network.stack:
+            module.continue_round()
+        else:
+            module.start_round()
+        changes: dict[str, Any] = {} if epochs is None else {"max_epochs": epochs}
+        trainer = self.make_trainer(log_folder=step, **changes)
+        rows = TokenRows(CleanedPool(step / "cleaned", self._cache))
+        validation = self.data.validation
+        with self._timed("train"):
+            trainer.fit(
+                module,
+                self.data.training_loader(rows),
+                None if validation is None else self.data.scoring_loader(TokenRows(validation)),
+            )
+        stop_if_interrupted(trainer)
+        network.freeze()
+        trained = np.asarray(rows.table.values("id"), dtype=object)[rows.counts > 0]
+        ids = set(trained).union(*(trained_ids(before) for before in stand_on))
+        with complete_folder(step / "adapter") as partial:
+            if self.full_tuning:
+                network.save_merged(partial, self.data.tokeniser.tokenizer)
+            else:
+                network.save_last_adapter(partial)
+            write_json(partial / TRAINED_IDS, sorted(ids))
+
+    # -- arms ---------------------------------------------------------------------------------
+
+    def _arm(self, name: str, arm: Arm, parts: list[np.ndarray]) -> ArmResult:
+        folder = self.folder / "arms" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if arm.schedule == "warmup":
+            return self._evaluated(name, folder, [self.folder / "warmup" / "adapter"])
+        selection = arm.selection(self.selection)
+        if arm.schedule == "fixed_model":
+            adapters = [self._fixed(arm, selection, folder)]
+        else:
+            adapters = self._rounds(arm, selection, folder, parts)
+            self._join_rounds(folder, len(parts), arm, selection)
+            self._publish(folder, adapters)
+        return self._evaluated(name, folder, adapters, CleanedPool(folder / "cleaned", self._cache))
+
+    def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
+        """Select once over the whole pool and train theta_0 on it."""
+        base = self._base_scores() if arm.needs_scores else None
+        reference = self._warmup_scores() if arm.needs_scores else None
+        scored = ScoredRows(self.pool, np.arange(len(self.pool)), base, reference, round=1)
+        self._clean(scored, selection, folder)
+        if not _is_trained(folder):
+            self._at_base()
+            self._train(folder, [], round_number=1)
+        return folder / "adapter"
+
+    def _rounds(
+        self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
+    ) -> list[Path]:
+        """Rounds 1 ... T; returns the adapters that make up the final model, oldest first."""
+        stack = [self.folder / "warmup" / "adapter"]
+        in_memory = False
+        for number, rows in enumerate(parts[1:], start=1):
+            step = folder / f"round_{number}"
+            if not _is_trained(step) and not in_memory:
+                self._at(stack)
+                in_memory = True
+            base = reference = None
+            if arm.needs_scores:
+                reference = self._score(step / "scores", rows, lambda: self.network, stack)
+                base = self._round_base(step, rows, stack)
+            scored = ScoredRows(self.pool, rows, base, reference, round=number)
+            if scored.seen.any():
+                raise RuntimeError(f"round {number} scores rows that its reference was trained on")
+            self._clean(scored, selection, step)
+            if not _is_trained(step):
+                self._train(step, stack, number)
+            stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
+        return stack
+
+    @property
+    def _replaces(self) -> bool:
+        """A round's weights stand alone instead of on top of the earlier ones."""
+        return self.full_tuning or self.loop.continue_adapter
+
+    def _round_base(self, step: Path, rows: np.ndarray, stack: list[Path]) -> ScoreTable:
+        if self.loop.score_base == "theta_0" or len(stack) == 1:
+            return self._base_scores()
+        before = stack[:-1]
+        return self._score(
+            step / "scores_base", rows, lambda: self.network, before, depth=len(before)
+        )
+
+    def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
+        if (step / "cleaned" / MANIFEST).is_file():
+            return
+        step.mkdir(parents=True, exist_ok=True)
+        with self._timed("select"):
+            selected = clean(scored, selection, self.seed + scored.round, step / "cleaned")
+        log.info(
+            "%s: kept %d of %d response tokens%s%s",
+            step,
+            selected.kept,
+            selected.ranked,
+            "" if selected.cut is None else f", cut at score {selected.cut:.6g}",
+            f"; the reference saw {int(scored.seen.sum())} rows" if scored.seen.any() else "",
+        )
+
+    def _join_rounds(self, folder: Path, parts: int, arm: Arm, selection: SelectionConfig) -> None:
+        """The rounds' cleaned rows and D_0 as one cleaned pool in pool order."""
+        if (folder / "cleaned" / MANIFEST).is_file():
+            return
+        steps = [self.folder / "warmup", *(folder / f"round_{t}" for t in range(1, parts))]
+        pools = [CleanedPool(step / "cleaned", self._cache) for step in steps]
+        table = pa.Table.from_batches([b for pool in pools for b in pool.batches()])
+        row_of_id = {id: row for row, id in enumerate(self.pool.ids)}
+        order = np.argsort([row_of_id[id] for pool in pools for id in pool.values("id")])
+        kept_facts = ("base", "reference", "ranked_tokens", "kept_tokens", "cut")
+        manifest = {
+            **pools[0].manifest,
+            "selection": asdict(selection),
+            "schedule": arm.schedule,
+            "score_base": self.loop.score_base,
+            "response_tokens": sum(p.manifest["response_tokens"] for p in pools),
+            "ranked_tokens": sum(p.manifest["ranked_tokens"] for p in pools[1:]),
+            "kept_tokens": sum(p.manifest["kept_tokens"] for p in pools),
+            "cut": None,
+            "rounds": [{k: p.manifest[k] for k in kept_facts} for p in pools],
+        }
+        blocks = (
+            batch
+            for first in range(0, len(order), ROWS_PER_SHARD)
+            for batch in table.take(order[first : first + ROWS_PER_SHARD])
+            .combine_chunks()
+            .to_batches()
+        )
+        write_cleaned_pool(
+            folder / "cleaned", blocks, cleaned_schema(self.pool.has_truth), manifest
+        )
+
+    def _publish(self, folder: Path, adapters: list[Path]) -> None:
+        """The arm's model as one adapter. (After full fine-tuning the last round holds it.)"""
+        if self._replaces or _is_trained(folder):
+            return
+        network = self._at(adapters)
+        ids = set().union(*(trained_ids(adapter) for adapter in adapters))
+        with complete_folder(folder / "adapter") as partial:
+            network.save_stack(partial)
+            write_json(partial / TRAINED_IDS, sorted(ids))
+
+    def _evaluated(
+        self,
+        name: str,
+        folder: Path,
+        adapters: list[Path],
+        cleaned: CleanedPool | None = None,
+    ) -> ArmResult:
+        """Measure an arm once; its result stays in the folder."""
+        stored = folder / "result.json"
+        if stored.is_file():
+            return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))
+        folder.mkdir(parents=True, exist_ok=True)
+        network = self._at(adapters)
+        result = ArmResult(name=name)
+        with self._timed("evaluate"):
+            if self.data.test is not None:
+                loader = self.data.scoring_loader(TokenRows(self.data.test))
+                result.accuracy = answer_accuracy(network, self.data.test, loader)
+            if self.data.validation is not None:
+                loader = self.data.scoring_loader(TokenRows(self.data.validation))
+                result.validation_nll = mean_nll(network, self.data.validation, loader)
+            if cleaned is not None:
+                responses, kept = (cleaned.manifest[k] for k in ("response_tokens", "kept_tokens"))
+                result.kept_share = kept / responses
+                if self.pool.has_truth:
+                    result.mask = mask_quality(cleaned)
+        if self.template.save_merged and adapters and not self.full_tuning:
+            network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
+        write_json(stored, result.to_json())
+        return result
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+
+    @property
+    def _cache(self) -> Path:
+        return self.data.cache_dir
+
+
+def _is_trained(step: Path) -> bool:
+    return (step / "adapter" / TRAINED_IDS).is_file()

@@ -1,0 +1,63 @@
+"""The command line: ``tokenclean VERB ...``. Nothing heavy is imported before a verb is known."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tokenclean import __version__
+
+VERBS = {
+    "fit": "fine-tune a base model on a pool or a cleaned pool (LightningCLI)",
+    "score": "write one model's per-token losses over a pool (LightningCLI)",
+    "select": "two score tables and a rule -> cleaned pool; no model, no GPU",
+    "clean": "the whole loop: warm up, score, select, train, for one or many arms",
+}
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:8} {text}" for name, text in VERBS.items())
+    return f"""usage: tokenclean [--help] [--version] VERB [-c CONFIG.yaml ...] [--option value ...]
+
+Token-level cleaning of supervised fine-tuning data.
+
+verbs:
+{verbs}
+
+Several -c files are laid over one another in order, options come last.
+`tokenclean VERB --help` lists a verb's options. Each file under configs/ opens with its command.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script and of ``python -m tokenclean``."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return
+    if args[0] in ("-V", "--version"):
+        print(f"tokenclean {__version__}")
+        return
+    verb = args[0]
+    if verb not in VERBS:
+        print(
+            f"tokenclean: error: unknown verb {verb!r}; choose from {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+    from tokenclean import commands
+
+    try:
+        getattr(commands, verb)(args[1:])
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("TOKENCLEAN_TRACEBACK"):
+            raise
+        print(f"tokenclean {verb}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(
+            f"tokenclean {verb}: stopped; the same command goes on where it stopped",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None

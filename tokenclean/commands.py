@@ -1,0 +1,384 @@
+"""The verbs. Each parses its options, opens its run folder, and hands over to the package."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from tokenclean.arrow import MANIFEST, complete_folder, write_json
+from tokenclean.cleaning.apply import ScoredRows
+from tokenclean.cleaning.apply import clean as clean_rows
+from tokenclean.cleaning.loop import CleaningLoop, LoopConfig
+from tokenclean.cleaning.results import results_markdown
+from tokenclean.data.datamodule import TuluDataModule
+from tokenclean.data.pool import TokenPool
+from tokenclean.data.rows import TokenRows
+from tokenclean.models import TRAINED_IDS, BaseConfig, check_base, load_tokenizer, trained_ids
+from tokenclean.runs import (
+    SUMMARY,
+    log_to,
+    open_run,
+    run_folder,
+    stop_if_interrupted,
+    write_summary,
+)
+from tokenclean.scoring.module import ScoringModule, score_manifest
+from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.selection.rules import SelectionConfig
+from tokenclean.training.module import CleanedSFTModule
+
+log = logging.getLogger("tokenclean")
+
+# A configuration may name classes, and naming a class runs it: only these packages may be named.
+# TOKENCLEAN_ALLOW_IMPORTS adds others (comma-separated), for one's own callbacks and the like.
+set_parsing_settings(
+    import_path_denylist=["*"],
+    import_path_allowlist=[
+        "tokenclean",
+        "lightning.pytorch",
+        "torch.optim",
+        *filter(None, os.environ.get("TOKENCLEAN_ALLOW_IMPORTS", "").split(",")),
+    ],
+)
+
+_ON_GPU = torch.cuda.is_available()
+
+
+class _Cli(LightningCLI):
+    """LightningCLI with run folders of our own; instantiates, never runs."""
+
+    def __init__(
+        self, verb: str, model_class: type[LightningModule], argv: list[str], precision: str
+    ):
+        self.verb = verb
+        super().__init__(
+            model_class,
+            TuluDataModule,
+            run=False,
+            args=argv,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"tokenclean {verb}", "description": _first_line(model_class)},
+            trainer_defaults={
+                # batches are dealt to processes by the data module
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "precision": precision,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        _add_place(parser)
+        if self.verb == "clean":
+            parser.add_class_arguments(SelectionConfig, "selection")
+            parser.add_class_arguments(LoopConfig, "loop")
+
+    def before_instantiate_classes(self) -> None:
+        self.plain = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
+        self.folder = _folder(self.config, self.plain, self.verb)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        kwargs = {"default_root_dir": str(self.folder), **kwargs}
+        if self.config_init["trainer"].get("logger") is None:
+            kwargs.setdefault("logger", _tensorboard(self.folder) if self.verb == "fit" else False)
+        return super().instantiate_trainer(**kwargs)
+
+    def attach_tokenizer(self, base: BaseConfig) -> None:
+        """Load the tokenizer and check base and data against each other, before any weight."""
+        tokenizer = load_tokenizer(base)
+        check_base(base, tokenizer, self.datamodule.max_length)
+        self.datamodule.use_tokenizer(tokenizer)
+
+
+def fit(argv: list[str]) -> None:
+    """Fine-tune on a pool (every response token) or a cleaned pool (the kept ones)."""
+    _quieten()
+    cli = _Cli("fit", CleanedSFTModule, argv, "bf16-mixed" if _ON_GPU else "32-true")
+    module: CleanedSFTModule = cli.model
+    cli.attach_tokenizer(module.base)
+    if module.base.load_in_4bit and module.lora is None:
+        raise ValueError("model.base.load_in_4bit: 4-bit weights cannot be trained in full")
+    open_run(cli.folder, cli.plain)
+    result = cli.folder / ("model" if module.lora is None else "adapter")
+    if (result / TRAINED_IDS).is_file():
+        print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
+        return
+    checkpoints = cli.folder / "checkpoints"
+    trainer: Any = cli.trainer
+    if not any(isinstance(c, ModelCheckpoint) and c.dirpath for c in _callbacks(trainer)):
+        for callback in _callbacks(trainer):
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath, callback.save_last = str(checkpoints), True
+    last = checkpoints / "last.ckpt"
+    with log_to(cli.folder):
+        trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
+        stop_if_interrupted(trainer)
+        assert module.network is not None
+        module.network.freeze()
+        loader: Any = trainer.train_dataloader
+        rows: TokenRows = loader.dataset.rows
+        ids = set(_ids(rows))
+        for before in (module.base.name, *module.adapters):
+            ids |= set(trained_ids(Path(before)))
+        if trainer.is_global_zero:
+            tokenizer = cli.datamodule.tokeniser.tokenizer
+            with complete_folder(result) as partial:
+                if module.lora is None:
+                    module.network.save_merged(partial, tokenizer)
+                else:
+                    module.network.save_stack(partial)
+                write_json(partial / TRAINED_IDS, sorted(ids))
+            if module.save_merged and module.lora is not None:
+                module.network.save_merged(cli.folder / "merged", tokenizer)
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
+            write_summary(
+                cli.folder,
+                {
+                    "steps": trainer.global_step,
+                    "samples": len(rows),
+                    "kept_tokens": int(rows.counts.sum()),
+                    "response_tokens": int(rows.responses.sum()),
+                    **metrics,
+                    "result": str(result),
+                },
+            )
+
+
+def score(argv: list[str]) -> None:
+    """Write one model's score table."""
+    _quieten()
+    cli = _Cli("score", ScoringModule, argv, precision="16-mixed" if _ON_GPU else "32-true")
+    module: ScoringModule = cli.model
+    data: TuluDataModule = cli.datamodule
+    cli.attach_tokenizer(module.base)
+    open_run(cli.folder, cli.plain)
+    table = cli.folder / "scores"
+    if (table / MANIFEST).is_file():
+        print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
+        return
+    with log_to(cli.folder):
+        trainer = cli.trainer
+        data.prepare_data()
+        data.setup()
+        writer = _LateManifest(TokenRows(data.pool, data.chosen_rows()), table, module, data)
+        _callbacks(trainer).append(writer)
+        trainer.predict(module, data, return_predictions=False)
+        stop_if_interrupted(trainer)
+        if trainer.is_global_zero:
+            done = ScoreTable(table)
+            write_summary(
+                cli.folder,
+                {
+                    "samples": len(done),
+                    "response_tokens": done.manifest["tokens"],
+                    "mean_nll": _mean(done),
+                    "model": done.manifest["model"],
+                    "table": str(table),
+                },
+            )
+
+
+class _LateManifest(ScoreWriter):
+    """A score writer whose manifest is made once the model is in memory."""
+
+    def __init__(self, rows: TokenRows, folder: Path, module: ScoringModule, data: TuluDataModule):
+        super().__init__(rows, folder, {})
+        self.module, self.data = module, data
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.module.network is not None
+        self.manifest = score_manifest(
+            self.data.pool,
+            self.module.base,
+            self.module.adapters,
+            self.module.network,
+            self.data.token_budget,
+        )
+        super().on_predict_start(trainer, pl_module)
+
+
+def select(argv: list[str]) -> None:
+    """Two score tables -> cleaned pool."""
+    parser = ArgumentParser(
+        prog="tokenclean select", description="Two score tables and a rule -> cleaned pool."
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file")
+    parser.add_argument("--base", type=str | None, help="score table (or run) of the base model")
+    parser.add_argument(
+        "--reference", type=str | None, help="score table (or run) of the reference"
+    )
+    parser.add_argument("--pool", type=str | None, help="token pool; default: the tables' own")
+    parser.add_argument("--round", type=int, default=1, help="round number stored with every row")
+    parser.add_argument("--seed", type=int, default=0, help="of the random rule")
+    parser.add_class_arguments(SelectionConfig, "selection")
+    _add_place(parser)
+    config = parser.parse_args(argv)
+    plain = yaml.safe_load(parser.dump(config, skip_validation=True))
+    settings: SelectionConfig = SelectionConfig(**config.selection.as_dict())
+    folder = _folder(config, plain, "select")
+
+    tables = {
+        name: _score_table(path, name)
+        for name in ("base", "reference")
+        if (path := config[name]) is not None
+    }
+    if settings.needs_scores and len(tables) < 2:
+        raise ValueError(
+            f"selection.rule: {settings.rule} needs two score tables; give --base and --reference"
+        )
+    pool_folder = config.pool or next((t.manifest["pool_folder"] for t in tables.values()), None)
+    if pool_folder is None:
+        raise ValueError("--pool: give the token pool, since no score table names one")
+    pool = TokenPool(Path(pool_folder))
+    base, reference = tables.get("base"), tables.get("reference")
+    rows = next(iter(tables.values())).rows if tables else _all_rows(pool)
+    if base is not None and reference is not None and list(base.rows) != list(reference.rows):
+        raise ValueError(
+            f"--base and --reference score different rows of the pool ({len(base)} and "
+            f"{len(reference)}); score the same data.subset with both models"
+        )
+    open_run(folder, plain)
+    with log_to(folder):
+        scored = ScoredRows(pool, rows, base, reference, round=config.round)
+        selected = clean_rows(scored, settings, config.seed, folder / "cleaned")
+        write_summary(
+            folder,
+            {
+                "rule": settings.rule,
+                "scope": settings.scope,
+                "response_tokens": len(selected.keep),
+                "ranked": selected.ranked,
+                "kept": selected.kept,
+                "cut": selected.cut,
+                "rows_seen_by_reference": int(scored.seen.sum()),
+                "cleaned_pool": str(folder / "cleaned"),
+            },
+        )
+
+
+def clean(argv: list[str]) -> None:
+    """The whole loop."""
+    _quieten()
+    cli = _Cli("clean", CleanedSFTModule, argv, precision="bf16-mixed" if _ON_GPU else "32-true")
+    config = cli.config_init
+
+    def make_module() -> CleanedSFTModule:
+        module: CleanedSFTModule = cli.parser.instantiate_classes(cli.config)["model"]
+        return module
+
+    def make_trainer(
+        log_folder: Path | None = None, scoring: bool = False, **changes: Any
+    ) -> Trainer:
+        # A used Trainer keeps its loops' state, and so may callbacks: each run gets new ones.
+        kwargs = copy.deepcopy(dict(config["trainer"]))
+        kwargs.update({"enable_checkpointing": False, "default_root_dir": str(cli.folder)})
+        if log_folder is not None and kwargs.get("logger") is None:
+            changes["logger"] = _tensorboard(log_folder)
+        if scoring:
+            mixed = "mixed" in str(kwargs["precision"])
+            kwargs.update(precision="16-mixed" if _ON_GPU and mixed else "32-true")
+        return Trainer(**{**kwargs, **changes})
+
+    cli.attach_tokenizer(cli.model.base)
+    loop = CleaningLoop(
+        make_module,
+        make_trainer,
+        cli.datamodule,
+        config["selection"],
+        config["loop"],
+        cli.folder,
+        int(config["seed_everything"]),
+    )
+    open_run(cli.folder, cli.plain)
+    with log_to(cli.folder):
+        summary = loop.run()
+    results = summary.pop("results")
+    print("\n" + results_markdown(results))
+    write_summary(cli.folder, summary)
+
+
+def _add_place(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--name", type=str | None, help="run folder's name; default: config stem and hash"
+    )
+    parser.add_argument("--outputs", type=str, default="outputs", help="where run folders are")
+
+
+def _folder(config: Any, plain: dict[str, Any], verb: str) -> Path:
+    files = config.get("config") or []
+    stem = Path(str(files[0])).stem if files else verb
+    return run_folder(config["outputs"], config["name"], stem, plain)
+
+
+def _tensorboard(folder: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard")
+
+
+def _callbacks(trainer: Any) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks
+    return callbacks
+
+
+def _ids(rows: TokenRows) -> Iterable[str]:
+    ids = rows.table.values("id")
+    return (ids[int(r)] for r, count in zip(rows.rows, rows.counts, strict=True) if count)
+
+
+def _score_table(path: str, option: str) -> ScoreTable:
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"--{option}: {path} does not exist")
+    if (folder / "scores" / MANIFEST).is_file():
+        folder = folder / "scores"
+    return ScoreTable(folder)
+
+
+def _all_rows(pool: TokenPool) -> Any:
+    import numpy as np
+
+    return np.arange(len(pool))
+
+
+def _mean(table: ScoreTable) -> float:
+    total = sum(float(values.sum(dtype="float64")) for _, _, values in table.nll.blocks())
+    return total / max(int(table.manifest["tokens"]), 1)
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _quieten() -> None:
+    """Our own messages in full; the frameworks' chatter about things we chose on purpose, not."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*LightningCLI's args parameter is intended.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*does not have many workers.*",
+        ".*Couldn't infer the batch indices.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*`training_step` returned `None`.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*You passed a `val_dataloader` but have no `validation_step`.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

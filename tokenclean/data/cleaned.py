@@ -1,0 +1,114 @@
+"""The cleaned pool: what selection makes and any trainer can read (a public contract).
+
+A folder of ``data.parquet`` (no `datasets` metadata) and ``manifest.json``; one row per sample in
+pool order. Lists are aligned with ``input_ids``:
+
+=============  =============  ==================================================================
+id, source     string
+input_ids      list<int32>
+labels         list<int32>    the token's id where it carries loss, else -100 (not shifted)
+response_mask  list<bool>
+base_nll       list<float32>  nats; null where there is none, as is ``reference_nll``
+score          list<double>   base nll - reference nll, in float64
+reason         list<int8>     0 kept, 1 prompt, 2 below the cut, 3 row seen by the reference
+weight         list<float32>  loss weight, 1 by default
+round          int32          round that cleaned the row; 0 = warm-up
+truth          list<int8>     planted pools only: 1 informative, 0 uninformative, -1 corrupted
+=============  =============  ==================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenclean.arrow import (
+    MANIFEST,
+    ROWS_PER_SHARD,
+    ArrowTable,
+    complete_folder,
+    read_manifest,
+    write_json,
+    write_shard,
+)
+from tokenclean.data.template import fingerprint_tokenizer
+
+KIND = "cleaned pool"
+DATA = "data.parquet"
+
+
+def cleaned_schema(with_truth: bool) -> pa.Schema:
+    columns = [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("response_mask", pa.list_(pa.bool_())),
+        ("base_nll", pa.list_(pa.float32())),
+        ("reference_nll", pa.list_(pa.float32())),
+        ("score", pa.list_(pa.float64())),
+        ("reason", pa.list_(pa.int8())),
+        ("weight", pa.list_(pa.float32())),
+        ("round", pa.int32()),
+    ]
+    if with_truth:
+        columns.append(("truth", pa.list_(pa.int8())))
+    return pa.schema(columns)
+
+
+def write_cleaned_pool(
+    folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, manifest: dict[str, Any]
+) -> None:
+    """Write a cleaned pool batch by batch; the folder appears when it is complete."""
+    rows = 0
+    with complete_folder(folder) as partial:
+        with pq.ParquetWriter(partial / DATA, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                rows += batch.num_rows
+        write_json(partial / MANIFEST, {"kind": KIND, **manifest, "rows": rows})
+
+
+def is_cleaned_pool(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and (folder / DATA).is_file()
+
+
+class CleanedPool(ArrowTable):
+    """A cleaned pool opened for random access.
+
+    Parquet cannot be memory-mapped row by row, so it is unpacked once into Arrow shards under
+    ``cache_dir``, keyed by its content.
+    """
+
+    def __init__(self, folder: Path, cache_dir: Path):
+        manifest = read_manifest(folder, KIND)
+        with (folder / DATA).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        unpacked = cache_dir / "cleaned" / digest
+        if not (unpacked / MANIFEST).is_file():
+            with complete_folder(unpacked) as partial:
+                parquet = pq.ParquetFile(folder / DATA)
+                for number, batch in enumerate(parquet.iter_batches(ROWS_PER_SHARD)):
+                    write_shard(partial, number, batch)
+                write_json(partial / MANIFEST, manifest)
+        super().__init__(unpacked, KIND)
+        self.manifest = manifest
+        self.origin = folder
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a model whose tokenizer is not the one that made the tokens.
+
+        Raises:
+            ValueError: with both fingerprints.
+        """
+        made, now = self.manifest["tokenizer"], fingerprint_tokenizer(tokenizer)
+        if made != now:
+            raise ValueError(
+                f"data.path: {self.origin} was tokenised by another tokenizer (fingerprint {made}) "
+                f"than model.base has ({now})"
+            )

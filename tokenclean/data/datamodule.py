@@ -1,0 +1,416 @@
+"""`TuluDataModule`: from paths to pools, splits and loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tokenclean.arrow import MANIFEST, ArrowTable
+from tokenclean.data.batches import (
+    Batch,
+    Layout,
+    collate,
+    plan_batches,
+    plan_epoch,
+    share_of_rank,
+)
+from tokenclean.data.cleaned import CleanedPool, is_cleaned_pool
+from tokenclean.data.formats import Reader
+from tokenclean.data.pool import (
+    OnBadLine,
+    TokenPool,
+    build_pool,
+    data_fingerprint,
+    open_pool,
+    statistics_table,
+)
+from tokenclean.data.rows import TokenRows
+from tokenclean.data.template import TemplateName, Tokeniser
+
+log = logging.getLogger(__name__)
+
+Reduction = Literal["tokens", "published"]
+#: Rows per device and step in the published training script.
+PUBLISHED_ROWS = 6
+
+
+@dataclass
+class GlobalBatch:
+    """One optimiser step's share for one process.
+
+    Attributes:
+        micro: micro-batches; the weights in them sum to 1 over all processes (for plain masks).
+        kept: targets in the global batch, all processes together.
+        responses: response tokens in the global batch, kept or not.
+    """
+
+    micro: list[Batch]
+    kept: int
+    responses: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> GlobalBatch:
+        moved = [batch.to(device, non_blocking) for batch in self.micro]
+        return GlobalBatch(moved, self.kept, self.responses)
+
+
+class TuluDataModule(LightningDataModule):
+    """Samples in any usual shape -> tokenised pool -> subsets -> batches.
+
+    Args:
+        path: file (JSONL, JSON, Parquet), folder, hub name, or a list of them; for ``fit`` also a
+            cleaned pool.
+        split: split of a hub data set.
+        template: ``tulu`` (the paper's), ``raw`` (no tags) or ``chat`` (the tokenizer's own).
+        max_length: tokens kept of each sample; the rest is cut on the right and counted.
+        on_bad_line: ``stop`` after listing bad lines, or ``skip`` them into ``quarantine.jsonl``.
+        id_column: column with the sample's id.
+        source_column: column with the sample's source.
+        subsets: parts the pool is split into, D_0 first.
+        subset: parts to use in ``fit`` and ``score``; all by default.
+        order: ``shuffle`` (seeded) before the split, or the name of a numeric column: rows with the
+            largest values come first, so that D_0 is the best-rated part.
+        validation_path: samples for the validation loss.
+        validation_share: share of the pool held out for it instead.
+        test_path: planted test set; its informative tokens are the answers that accuracy is
+            measured on.
+        batch_size: samples per optimiser step, over all processes.
+        token_budget: tokens per forward pass; micro-batches are filled up to it.
+        reduction: ``tokens`` averages over the kept tokens of the global batch (Eq. 1);
+            ``published`` averages per 6 rows and then over those means, as the released code does.
+        seed: of the split and of the training order.
+        cache_dir: where tokenised pools are kept, by content.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        split: str = "train",
+        template: TemplateName = "tulu",
+        max_length: int = 2048,
+        on_bad_line: OnBadLine = "stop",
+        id_column: str = "id",
+        source_column: str = "source",
+        subsets: int = 5,
+        subset: list[int] | None = None,
+        order: str = "shuffle",
+        validation_path: str | None = None,
+        validation_share: float = 0.0,
+        test_path: str | None = None,
+        batch_size: int = 48,
+        token_budget: int = 8192,
+        reduction: Reduction = "tokens",
+        seed: int = 0,
+        cache_dir: str = "outputs/cache",
+    ):
+        super().__init__()
+        self.paths = [path] if isinstance(path, str) else list(path)
+        self.reader_options = {
+            "split": split,
+            "order_column": None if order == "shuffle" else order,
+            "id_column": id_column,
+            "source_column": source_column,
+        }
+        self.template, self.max_length, self.on_bad_line = template, max_length, on_bad_line
+        self.subsets, self.subset, self.order = subsets, subset, order
+        self.validation_path, self.validation_share = validation_path, validation_share
+        self.test_path = test_path
+        self.batch_size, self.token_budget, self.reduction = batch_size, token_budget, reduction
+        self.seed, self.cache_dir = seed, Path(cache_dir)
+        self.layout: Layout = "packed"
+        self.pad_id = 0
+        self.validation: TokenPool | None = None
+        self.test: TokenPool | None = None
+        self._tokeniser: Tokeniser | None = None
+        self._check()
+
+    def _check(self) -> None:
+        if not self.paths:
+            raise ValueError("data.path: no path given")
+        if self.subsets < 1:
+            raise ValueError(f"data.subsets: {self.subsets} parts; at least 1 is needed")
+        for part in self.subset or []:
+            if not 0 <= part < self.subsets:
+                raise ValueError(
+                    f"data.subset: {part} is not one of the {self.subsets} parts, counted from 0"
+                )
+        if not 0.0 <= self.validation_share < 1.0:
+            raise ValueError(f"data.validation_share: {self.validation_share} is not in [0, 1)")
+        if self.validation_share and self.validation_path:
+            raise ValueError("data.validation_share: give it or data.validation_path, not both")
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size: {self.batch_size}; at least 1 is needed")
+        if self.token_budget < 1:
+            raise ValueError(f"data.token_budget: {self.token_budget}; at least 1 is needed")
+        if not self.cleaned_folder:
+            self._reader(self.paths).check()
+        for option in ("validation_path", "test_path"):
+            if (extra := getattr(self, option)) and not Path(extra).exists():
+                raise ValueError(f"data.{option}: {extra} does not exist")
+
+    def _reader(self, paths: list[str], **changes: Any) -> Reader:
+        return Reader(paths, **{**self.reader_options, **changes})
+
+    @property
+    def cleaned_folder(self) -> Path | None:
+        """The cleaned pool that ``path`` names, if it names one."""
+        if len(self.paths) == 1 and is_cleaned_pool(Path(self.paths[0])):
+            return Path(self.paths[0])
+        return None
+
+    # -- pools --------------------------------------------------------------------------------
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Give the base model's tokenizer; needed before ``prepare_data``."""
+        self._tokeniser = Tokeniser(tokenizer, self.template, self.max_length)
+        if tokenizer.pad_token_id is not None:
+            self.pad_id = tokenizer.pad_token_id
+
+    @property
+    def tokeniser(self) -> Tokeniser:
+        if self._tokeniser is None:
+            raise RuntimeError("TuluDataModule.use_tokenizer must be called first")
+        return self._tokeniser
+
+    def prepare_data(self) -> None:
+        """Tokenise what is not tokenised yet (on one process)."""
+        if not self.cleaned_folder:
+            folder = self._pool_folder(self._reader(self.paths), self.validation_share)
+            if not (folder / "train" / MANIFEST).is_file():
+                build_pool(
+                    self._reader(self.paths),
+                    self.tokeniser,
+                    folder,
+                    self.on_bad_line,
+                    self.validation_share,
+                    self.seed,
+                )
+            pool = open_pool(folder / "train")
+            log.info("shapes found: %s", pool.manifest["shapes"])
+            log.info("pool %s\n%s", folder, statistics_table(pool))
+        for extra in (self.validation_path, self.test_path):
+            if extra:
+                reader = self._reader([extra], order_column=None)
+                folder = self._pool_folder(reader, 0.0)
+                if not (folder / "train" / MANIFEST).is_file():
+                    build_pool(reader, self.tokeniser, folder, self.on_bad_line)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the pools (on every process)."""
+        tokeniser = self.tokeniser
+        self.table: ArrowTable
+        if self.cleaned_folder:
+            cleaned = CleanedPool(self.cleaned_folder, self.cache_dir)
+            cleaned.check_tokenizer(tokeniser.tokenizer)
+            self.table = cleaned
+        else:
+            folder = self._pool_folder(self._reader(self.paths), self.validation_share)
+            self.table = open_pool(folder / "train")
+            if self.validation_share:
+                self.validation = open_pool(folder / "validation")
+        if self.validation_path:
+            self.validation = self._extra_pool(self.validation_path)
+        if self.test_path:
+            self.test = self._extra_pool(self.test_path)
+
+    @property
+    def pool(self) -> TokenPool:
+        """The pool to clean.
+
+        Raises:
+            ValueError: if ``path`` names a cleaned pool, which has been through that already.
+        """
+        if not isinstance(self.table, TokenPool):
+            raise ValueError(f"data.path: {self.paths[0]} is a cleaned pool; give the raw data")
+        return self.table
+
+    def _extra_pool(self, path: str) -> TokenPool:
+        folder = self._pool_folder(self._reader([path], order_column=None), 0.0)
+        return open_pool(folder / "train")
+
+    def _pool_folder(self, reader: Reader, holdout: float) -> Path:
+        key = f"{data_fingerprint(reader)}-{self.tokeniser.fingerprint()}"
+        if holdout:
+            key += f"-{holdout}-{self.seed}"
+        return self.cache_dir / "pools" / f"{key}-{self.on_bad_line}"
+
+    def subset_rows(self) -> list[np.ndarray]:
+        """Pool rows of D_0 ... D_{subsets-1}, each ascending; together every row exactly once.
+
+        Part sizes differ by at most one; the remainder goes to the first parts.
+        """
+        rows = len(self.pool)
+        if rows < self.subsets:
+            raise ValueError(f"data.subsets: {self.subsets} parts of a pool of {rows} sample(s)")
+        if self.order == "shuffle":
+            order = np.random.default_rng(self.seed).permutation(rows)
+        else:
+            order = np.argsort(-self.pool.order(), kind="stable")
+        return [np.sort(part) for part in np.array_split(order, self.subsets)]
+
+    def chosen_rows(self) -> np.ndarray | None:
+        """Rows of the parts named by ``subset``, ascending; None for all rows."""
+        if self.subset is None:
+            return None
+        parts = self.subset_rows()
+        return np.sort(np.concatenate([parts[i] for i in sorted(set(self.subset))]))
+
+    # -- loaders ------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        return self.training_loader(TokenRows(self.table, self.chosen_rows()))
+
+    def val_dataloader(self) -> Any:
+        if self.validation is None:
+            return []
+        return self.scoring_loader(TokenRows(self.validation))
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.scoring_loader(TokenRows(self.pool, self.chosen_rows()))
+
+    def scoring_loader(self, rows: TokenRows) -> DataLoader:
+        """Length-sorted batches of at most ``token_budget`` tokens; this rank's share of them."""
+        plan = plan_batches(rows.lengths, self.token_budget, self.layout)
+        rank, world = self._place()
+        mine = _PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
+        return DataLoader(mine, batch_size=None)
+
+    def training_loader(self, rows: TokenRows) -> DataLoader:
+        """Global batches of ``batch_size`` samples in the run's seeded order."""
+        if not rows.counts.any():
+            raise ValueError("data.path: no token carries loss, so there is nothing to train on")
+        rank, world = self._place()
+        steps = _Steps(
+            rows=rows,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            budget=self.token_budget,
+            layout=self.layout,
+            pad_id=self.pad_id,
+            reduction=self.reduction,
+            rank=rank,
+            world=world,
+        )
+        return _StepLoader(steps)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+@dataclass
+class _PlannedBatches(Dataset[Batch]):
+    """Item i is batch i of a plan.
+
+    Whole batches are the items because Lightning rebuilds custom batch samplers for `predict`.
+    """
+
+    rows: TokenRows
+    plan: list[np.ndarray]
+    layout: Layout
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        samples = [self.rows[int(i)] for i in self.plan[index]]
+        return collate(samples, self.layout, self.pad_id)
+
+
+@dataclass
+class _Steps(Dataset[GlobalBatch]):
+    """Item (epoch, step) is that step's `GlobalBatch` for this process."""
+
+    rows: TokenRows
+    batch_size: int
+    seed: int
+    budget: int
+    layout: Layout
+    pad_id: int
+    reduction: Reduction
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, key: tuple[int, int]) -> GlobalBatch:
+        epoch, step = key
+        members = plan_epoch(len(self.rows), self.batch_size, self.seed, epoch)[step]
+        factors = self._factors(self.rows.counts[members])
+        mine = share_of_rank(self.rows.lengths[members], self.rank, self.world)
+        samples = []
+        for place in mine:
+            sample = self.rows[int(members[place])]
+            sample.weights = sample.weights * np.float32(factors[place])
+            samples.append(sample)
+        lengths = self.rows.lengths[members[mine]]
+        plan = plan_batches(lengths, self.budget, self.layout)
+        return GlobalBatch(
+            micro=[collate([samples[i] for i in b], self.layout, self.pad_id) for b in plan],
+            kept=int(self.rows.counts[members].sum()),
+            responses=int(self.rows.responses[members].sum()),
+        )
+
+    def _factors(self, counts: np.ndarray) -> np.ndarray:
+        """What each member's token weights are multiplied by, float64, shape (members,)."""
+        if self.reduction == "tokens":
+            return np.full(len(counts), 1.0 / max(int(counts.sum()), 1))
+        groups = np.arange(len(counts)) // PUBLISHED_ROWS
+        kept = np.bincount(groups, weights=counts)
+        with_targets = max(int((kept > 0).sum()), 1)
+        return 1.0 / (with_targets * np.maximum(kept, 1.0))[groups]
+
+
+class _StepSampler(Sampler[tuple[int, int]]):
+    """(epoch, step) keys; Lightning announces the epoch."""
+
+    def __init__(self, steps: int):
+        self.steps, self.epoch, self.first = steps, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        first, self.first = self.first, 0
+        yield from ((self.epoch, step) for step in range(first, self.steps))
+
+
+class _StepLoader(DataLoader):
+    """A loader whose place inside an epoch survives in a checkpoint.
+
+    A plain one starts the epoch over after a mid-epoch resume and reads the wrong samples.
+    """
+
+    def __init__(self, steps: _Steps):
+        super().__init__(steps, batch_size=None, sampler=_StepSampler(len(steps)))
+        self._done = 0
+
+    def __iter__(self) -> Any:
+        sampler = self.sampler
+        assert isinstance(sampler, _StepSampler)
+        self._done = sampler.first
+        for batch in super().__iter__():
+            self._done += 1
+            yield batch
+        self._done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        sampler = self.sampler
+        assert isinstance(sampler, _StepSampler)
+        sampler.first = state["done"] % len(sampler)

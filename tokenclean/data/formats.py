@@ -1,0 +1,360 @@
+"""Reading samples: files, folders and hub names in any of the usual chat shapes.
+
+Every source of rows ends as a stream of `Sample`; every row that cannot be one is a `BadLine`
+with its file, line and reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Role = Literal["system", "user", "assistant"]
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+
+#: Columns that identify a shape, in order of precedence: (shape, required columns).
+SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("messages", ("messages",)),
+    ("conversations", ("conversations",)),  # ShareGPT, WizardLM's 143k release
+    ("prompt/completion", ("prompt", "completion")),
+    ("instruction/output", ("instruction", "output")),  # Alpaca, WizardLM's 70k release
+    ("instruction/response", ("instruction", "response")),  # Dolly, with `context`
+    ("inputs/targets", ("inputs", "targets")),  # Flan v2, P3
+)
+
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        id: given by the data, else made from file name and line.
+        source: name of the collection it comes from.
+        messages: its turns, at least one.
+        truth: planted pools only: (message index, start, end, label) spans of characters in the
+            raw content; label 0 uninformative, -1 corrupted. None: no truth is known.
+        order: the value of the ordering column, if one was asked for.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    truth: tuple[tuple[int, int, int, int], ...] | None = None
+    order: float | None = None
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A row that is not a conversation. ``line`` counts from 1 (rows, in Parquet and folders)."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class _Bad(Exception):
+    """Carries the reason from wherever a row is found wanting."""
+
+
+@dataclass
+class Reader:
+    """Stream of samples from one or more paths or hub names.
+
+    Args:
+        paths: files (JSONL, JSON, Parquet), `datasets` folders, folders of such files, hub names.
+        split: split of a hub data set or a `datasets` folder of several splits.
+        order_column: numeric column kept for ordering the splits.
+        id_column: column with the sample's id.
+        source_column: column with the sample's source; ``dataset`` is understood too.
+    """
+
+    paths: list[str]
+    split: str = "train"
+    order_column: str | None = None
+    id_column: str = "id"
+    source_column: str = "source"
+
+    def __post_init__(self) -> None:
+        #: file -> shape found in it, in the order read
+        self.shapes: dict[str, str] = {}
+
+    def files(self) -> list[Path]:
+        """Local files behind the paths, for content fingerprints; empty for hub names."""
+        found: list[Path] = []
+        for path in map(Path, self.paths):
+            if path.is_dir():
+                found += sorted(p for p in path.rglob("*") if p.is_file())
+            elif path.is_file():
+                found.append(path)
+        return found
+
+    def check(self) -> None:
+        """Refuse paths that cannot be read, before anything expensive.
+
+        Raises:
+            ValueError: naming the path.
+        """
+        for name in self.paths:
+            path = Path(name)
+            if path.is_file():
+                if path.suffix not in SUFFIXES:
+                    raise ValueError(
+                        f"data.path: {name} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
+                    )
+            elif path.is_dir():
+                if not _is_datasets_folder(path) and not _data_files(path):
+                    raise ValueError(
+                        f"data.path: {name} is neither a folder saved by `datasets` nor a folder "
+                        f"of {', '.join(SUFFIXES)} files"
+                    )
+            elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise ValueError(f"data.path: {name} does not exist")
+
+    def __iter__(self) -> Iterator[Sample | BadLine]:
+        for name in self.paths:
+            for file, rows in _row_streams(name, self.split):
+                stem = Path(file).stem
+                for line, row in rows:
+                    try:
+                        yield self._sample(row, file, stem, line)
+                    except _Bad as bad:
+                        yield BadLine(file, line, str(bad))
+
+    def _sample(self, row: Any, file: str, stem: str, line: int) -> Sample:
+        if isinstance(row, _Bad):
+            raise row
+        if not isinstance(row, Mapping):
+            raise _Bad(f"expected an object, found {type(row).__name__}")
+        shape = self.shapes.get(file) or _detect(row)
+        messages = _messages(row, shape)
+        self.shapes[file] = shape
+        given = row.get(self.id_column)
+        source = row.get(self.source_column) or row.get("dataset")
+        return Sample(
+            id=str(given) if given is not None else f"{stem}-{line}",
+            source=str(source) if source else stem,
+            messages=messages,
+            truth=_truth(row.get("truth"), messages),
+            order=self._order(row),
+        )
+
+    def _order(self, row: Mapping[str, Any]) -> float | None:
+        if self.order_column is None:
+            return None
+        value = row.get(self.order_column)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise _Bad(f"ordering column `{self.order_column}` is {value!r}, not a number")
+        return float(value)
+
+
+def _is_datasets_folder(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _data_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+
+
+def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[int, Any]]]]:
+    path = Path(name)
+    if path.is_file():
+        yield str(path), _file_rows(path)
+    elif path.is_dir() and not _is_datasets_folder(path):
+        for file in _data_files(path):
+            yield str(file), _file_rows(file)
+    else:
+        yield name, _datasets_rows(name, split)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix == ".parquet":
+        line = 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    elif path.suffix == ".json" and (rows := _json_array(path)) is not None:
+        yield from enumerate(rows, start=1)
+    else:
+        yield from _json_lines(path)
+
+
+def _json_array(path: Path) -> list[Any] | None:
+    """The rows of a JSON file that is one array; None if it is lines after all."""
+    with path.open(encoding="utf-8") as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first != "[":
+            return None
+        file.seek(0)
+        try:
+            rows = json.load(file)
+        except json.JSONDecodeError as error:
+            return [_Bad(f"not JSON from line {error.lineno} on: {error.msg}")]
+    return list(rows)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    # Split on b"\n" alone: str.splitlines would also break inside strings, at U+2028 for one.
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                yield line, _Bad("empty line")
+                continue
+            try:
+                row = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                row = _Bad(f"not UTF-8 at byte {error.start}")
+            except (json.JSONDecodeError, RecursionError) as error:
+                row = _Bad(f"not JSON: {error}")
+            yield line, row
+
+
+def _datasets_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    if Path(name).is_dir():
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(
+                    f"data.split: {name} has no split {split!r}, only {', '.join(loaded)}"
+                )
+            loaded = loaded[split]
+    else:
+        try:
+            loaded = datasets.load_dataset(name, split=split)
+        except Exception as error:
+            raise ValueError(
+                f"data.path: {name} is no local path and could not be loaded from the hub: {error}"
+            ) from error
+    line = 0
+    for batch in loaded.with_format("arrow").iter(1024):
+        for row in pa.table(batch).to_pylist():
+            line += 1
+            yield line, row
+
+
+def _detect(row: Mapping[str, Any]) -> str:
+    for shape, columns in SHAPES:
+        if all(column in row for column in columns):
+            return shape
+    known = "; ".join("+".join(columns) for _, columns in SHAPES)
+    raise _Bad(f"columns {sorted(row)} match no known shape ({known})")
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise _Bad(f"no `{column}`")
+    value = row[column]
+    if value is None:
+        raise _Bad(f"`{column}` is null")
+    if not isinstance(value, str):
+        raise _Bad(f"`{column}` is {type(value).__name__}, not text")
+    return _encodable(value, f"`{column}`")
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON may spell half of a surrogate pair, which no tokenizer and no file can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _Bad(f"{where} is not valid Unicode at character {error.start}") from None
+    return text
+
+
+def _messages(row: Mapping[str, Any], shape: str) -> tuple[Message, ...]:
+    if shape in ("messages", "conversations"):
+        return _turns(row, shape)
+    if shape in ("prompt/completion", "inputs/targets"):
+        prompt, completion = shape.split("/")
+        turns = [Message("user", _text(row, prompt)), Message("assistant", _text(row, completion))]
+    else:
+        instruction, output = shape.split("/")
+        context = "context" if output == "response" else "input"
+        extra = _text(row, context) if row.get(context) is not None else ""
+        question = _text(row, instruction) + (f"\n\n{extra}" if extra.strip() else "")
+        turns = [Message("user", question), Message("assistant", _text(row, output))]
+    if row.get("system") is not None:
+        turns.insert(0, Message("system", _text(row, "system")))
+    return tuple(turns)
+
+
+def _turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    turns = row.get(column)
+    if turns is None:
+        raise _Bad(f"`{column}` is null" if column in row else f"no `{column}`")
+    if not isinstance(turns, list):
+        raise _Bad(f"`{column}` is {type(turns).__name__}, not a list of turns")
+    if not turns:
+        raise _Bad(f"`{column}` is empty")
+    keys = ("role", "content") if column == "messages" else ("from", "value")
+    messages = []
+    for number, turn in enumerate(turns):
+        where = f"{column}[{number}]"
+        if not isinstance(turn, Mapping):
+            raise _Bad(f"{where} is {type(turn).__name__}, not an object")
+        # Some ShareGPT exports keep `role` and `content` inside `conversations`.
+        role_key, text_key = ("role", "content") if "role" in turn else keys
+        role, content = turn.get(role_key), turn.get(text_key)
+        if not isinstance(role, str) or (mapped := _role(role, column)) is None:
+            raise _Bad(f"{where}: unknown role {role!r}")
+        if content is None:
+            raise _Bad(f"{where}: content is null or missing")
+        if not isinstance(content, str):
+            raise _Bad(f"{where}: content is {type(content).__name__}, not text")
+        messages.append(Message(mapped, _encodable(content, where)))
+    return tuple(messages)
+
+
+def _role(role: str, column: str) -> Role | None:
+    if column == "messages":
+        return role if role in ("system", "user", "assistant") else None  # type: ignore[return-value]
+    return _SHAREGPT_ROLES.get(role)
+
+
+def _truth(
+    spans: Any, messages: tuple[Message, ...]
+) -> tuple[tuple[int, int, int, int], ...] | None:
+    if spans is None:
+        return None
+    if not isinstance(spans, list):
+        raise _Bad(f"`truth` is {type(spans).__name__}, not a list of spans")
+    for span in spans:
+        if not (isinstance(span, list) and len(span) == 4 and all(type(x) is int for x in span)):
+            raise _Bad(f"`truth` span {span!r} is not [message, start, end, label]")
+        message, start, end, label = span
+        if (
+            not 0 <= message < len(messages)
+            or not 0 <= start <= end <= len(messages[message].content)
+            or label not in (0, -1)
+        ):
+            raise _Bad(f"`truth` span {span} lies outside its message or has an unknown label")
+    return tuple((m, s, e, label) for m, s, e, label in spans)

@@ -1,0 +1,383 @@
+"""The tokenised pool: written once as Arrow, memory-mapped ever after.
+
+One row per sample: ``id``, ``source``, ``input_ids`` list<int32>, ``response_mask`` list<bool>,
+optionally ``truth`` list<int8> (planted pools) and ``order`` double (an ordering column).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from rich.progress import Progress
+
+from tokenclean.arrow import (
+    MANIFEST,
+    ROWS_PER_SHARD,
+    ArrowTable,
+    complete_folder,
+    list_array,
+    write_json,
+    write_shard,
+)
+from tokenclean.data.formats import BadLine, Reader, Sample
+from tokenclean.data.template import (
+    TokenisedSample,
+    Tokeniser,
+    fingerprint_tokenizer,
+    vocabulary_hash,
+)
+
+log = logging.getLogger(__name__)
+
+KIND = "token pool"
+OnBadLine = Literal["stop", "skip"]
+#: How many bad lines are listed before the rest is only counted.
+BAD_LINES_SHOWN = 100
+_TOKENISE_ROWS = 512
+
+
+@dataclass
+class SourceStatistics:
+    """Counts of one source; token counts of ``prompt``, ``completion`` and ``overall`` length are
+    before truncation (Table 4 of arXiv 2502.01968 states their means), the rest after it."""
+
+    samples: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    truncated: int = 0
+    response_tokens_cut: int = 0
+    without_response: int = 0
+    prompt_length: int = 0
+    completion_length: int = 0
+    overall_length: int = 0
+
+    def add(self, sample: TokenisedSample) -> None:
+        self.samples += 1
+        self.tokens += len(sample.input_ids)
+        responses = int(sample.response_mask.sum())
+        self.response_tokens += responses
+        self.truncated += sample.full_length > len(sample.input_ids)
+        self.response_tokens_cut += sample.response_tokens - responses
+        self.prompt_length += sample.full_length - sample.response_tokens
+        self.completion_length += sample.response_tokens
+        self.overall_length += sample.full_length
+
+
+class TokenPool(ArrowTable):
+    """A tokenised pool on disk."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, KIND)
+        self.input_ids = self.lists("input_ids")
+        self.response_mask = self.lists("response_mask")
+        self.truth = self.lists("truth") if "truth" in self.columns else None
+        self.ids: list[str] = self.values("id")
+        self.sources: list[str] = self.values("source")
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.manifest["eos_id"])
+
+    @property
+    def has_truth(self) -> bool:
+        return self.truth is not None
+
+    def response_positions(self, row: int) -> np.ndarray:
+        """Positions of the row's response tokens, int64."""
+        return np.flatnonzero(self.response_mask[row])
+
+    def response_counts(self) -> np.ndarray:
+        """Response tokens of every row, int64."""
+        parts = []
+        for _, counts, mask in self.response_mask.blocks():
+            stops = np.cumsum(counts)
+            running = np.concatenate([[0], np.cumsum(mask)])
+            parts.append(running[stops] - running[stops - counts])
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def order(self) -> np.ndarray:
+        """The ordering column, float64."""
+        return np.asarray(self.values("order"), dtype=np.float64)
+
+
+class BadData(ValueError):
+    """The data holds lines that cannot be used; the message lists them."""
+
+
+def open_pool(folder: Path, expected: str | None = None) -> TokenPool:
+    """Open a pool and, where the caller knows it, check that it is the right one.
+
+    Raises:
+        ValueError: with both fingerprints, if they differ.
+    """
+    pool = TokenPool(folder)
+    if expected is not None and pool.fingerprint != expected:
+        raise ValueError(
+            f"{folder} was made from other data, tokenizer, template or max_length: its "
+            f"fingerprint is {pool.fingerprint}, expected {expected}"
+        )
+    return pool
+
+
+def data_fingerprint(reader: Reader) -> str:
+    """Hash of the data's content: file bytes for local paths, `datasets`' own for hub names."""
+    digest = hashlib.sha256()
+    files = reader.files()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        # The file's name is part of made ids and of sources.
+        digest.update(file.stem.encode())
+    for name in reader.paths:
+        if not Path(name).exists():
+            import datasets
+
+            builder = datasets.load_dataset_builder(name)
+            digest.update(f"{name}@{builder.hash}@{reader.split}".encode())
+    options = (reader.split, reader.order_column, reader.id_column, reader.source_column)
+    digest.update(repr(options).encode())
+    return digest.hexdigest()[:16]
+
+
+def build_pool(
+    reader: Reader,
+    tokeniser: Tokeniser,
+    folder: Path,
+    on_bad_line: OnBadLine = "stop",
+    holdout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Tokenise a stream of samples into ``folder/train`` and, if asked, ``folder/validation``.
+
+    Rows are streamed: memory holds one shard, whatever the size of the pool. With
+    ``on_bad_line="skip"`` bad lines go to ``quarantine.jsonl`` in the folder.
+
+    Args:
+        holdout: share of samples held out as validation, chosen by a hash of (seed, id).
+
+    Raises:
+        BadData: listing file, line and reason of every bad line.
+        ValueError: for duplicate ids, or if no response token is left.
+    """
+    base = f"{data_fingerprint(reader)}-{tokeniser.fingerprint()}"
+    with complete_folder(folder) as partial:
+        stream = _Stream(reader, tokeniser, partial, on_bad_line)
+        splits = {"train": _Split(partial / "train"), "validation": _Split(partial / "validation")}
+        for sample, tokens in stream:
+            held = holdout > 0.0 and _unit_hash(f"{seed}:{sample.id}") < holdout
+            splits["validation" if held else "train"].add(sample, tokens)
+        for name, split in splits.items():
+            if name == "train" or holdout > 0.0:
+                split.finish(
+                    {
+                        "kind": KIND,
+                        "fingerprint": f"{base}-{name}-{holdout}-{seed}" if holdout else base,
+                        "tokenizer": fingerprint_tokenizer(tokeniser.tokenizer),
+                        "vocabulary": vocabulary_hash(tokeniser.tokenizer),
+                        "template": tokeniser.template,
+                        "max_length": tokeniser.max_length,
+                        "eos_id": tokeniser.eos_id,
+                        "shapes": reader.shapes,
+                        "rejected": stream.rejected,
+                    }
+                )
+
+
+class _Stream:
+    """Samples with their tokens; bad lines are collected on the way."""
+
+    def __init__(self, reader: Reader, tokeniser: Tokeniser, folder: Path, on_bad_line: OnBadLine):
+        self.reader, self.tokeniser = reader, tokeniser
+        self.folder, self.on_bad_line = folder, on_bad_line
+        self.rejected: dict[str, int] = {}
+        self._bad: list[BadLine] = []
+        self._hashes: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[Sample, TokenisedSample]]:
+        waiting: list[Sample] = []
+        with Progress(transient=True) as progress:
+            task = progress.add_task("tokenising", total=None)
+            for item in self.reader:
+                if isinstance(item, BadLine):
+                    self._note(item)
+                    continue
+                self._hashes.append(_hash(item.id))
+                if self._bad and self.on_bad_line == "stop":
+                    continue  # the run ends anyway: only look for more bad lines
+                waiting.append(item)
+                if len(waiting) == _TOKENISE_ROWS:
+                    yield from zip(waiting, self.tokeniser(waiting), strict=True)
+                    progress.advance(task, len(waiting))
+                    waiting = []
+            if not (self._bad and self.on_bad_line == "stop"):
+                yield from zip(waiting, self.tokeniser(waiting), strict=True)
+        self._finish()
+
+    def _note(self, bad: BadLine) -> None:
+        self.rejected[bad.file] = self.rejected.get(bad.file, 0) + 1
+        if len(self._bad) < BAD_LINES_SHOWN:
+            self._bad.append(bad)
+        if self.on_bad_line == "skip":
+            with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8") as file:
+                file.write(_json_line(asdict(bad)))
+
+    def _finish(self) -> None:
+        total = sum(self.rejected.values())
+        if total and self.on_bad_line == "stop":
+            shown = "\n".join(f"  {bad}" for bad in self._bad)
+            more = f"\n  ... and {total - len(self._bad)} more" if total > len(self._bad) else ""
+            raise BadData(
+                f"{total} bad line(s) in the data:\n{shown}{more}\n"
+                "Mend them, or pass --data.on_bad_line skip to put them into quarantine"
+            )
+        if total:
+            log.warning("%d bad line(s) went to quarantine.jsonl: %s", total, self.rejected)
+        hashes = np.sort(np.asarray(self._hashes, dtype=np.uint64))
+        doubled = set(hashes[:-1][hashes[:-1] == hashes[1:]].tolist())
+        if doubled:
+            names = sorted(
+                {s.id for s in self.reader if isinstance(s, Sample) and _hash(s.id) in doubled}
+            )
+            raise BadData(
+                f"{len(names)} id(s) occur more than once, e.g. {', '.join(names[:5])}; "
+                "ids must be unique (leave the id column out to have them made)"
+            )
+
+
+class _Split:
+    """One output table being written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.statistics: dict[str, SourceStatistics] = {}
+        self.rows = 0
+        self._buffer: list[tuple[Sample, TokenisedSample]] = []
+        self._shards = 0
+        self._schema: pa.Schema | None = None
+
+    def add(self, sample: Sample, tokens: TokenisedSample) -> None:
+        statistics = self.statistics.setdefault(sample.source, SourceStatistics())
+        if not tokens.response_mask.any():
+            statistics.without_response += 1
+            # Truncation can take a response away altogether: count that where it is looked for.
+            statistics.truncated += tokens.response_tokens > 0
+            statistics.response_tokens_cut += tokens.response_tokens
+            return
+        statistics.add(tokens)
+        self.rows += 1
+        self._buffer.append((sample, tokens))
+        if len(self._buffer) == ROWS_PER_SHARD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._schema is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            first = self._buffer[0][0]
+            columns = [
+                ("id", pa.string()),
+                ("source", pa.string()),
+                ("input_ids", pa.list_(pa.int32())),
+                ("response_mask", pa.list_(pa.bool_())),
+            ]
+            if first.truth is not None:
+                columns.append(("truth", pa.list_(pa.int8())))
+            if first.order is not None:
+                columns.append(("order", pa.float64()))
+            self._schema = pa.schema(columns)
+        has_truth = "truth" in self._schema.names
+        for sample, _ in self._buffer:
+            if (sample.truth is not None) != has_truth:
+                raise BadData(
+                    f"sample {sample.id!r}: either every sample of a pool carries `truth` or none"
+                )
+        columns_data: dict[str, Any] = {
+            "id": [s.id for s, _ in self._buffer],
+            "source": [s.source for s, _ in self._buffer],
+            "input_ids": list_array([t.input_ids for _, t in self._buffer], pa.int32()),
+            "response_mask": list_array([t.response_mask for _, t in self._buffer], pa.bool_()),
+        }
+        if has_truth:
+            truths = [t.truth for _, t in self._buffer if t.truth is not None]
+            columns_data["truth"] = list_array(truths, pa.int8())
+        if "order" in self._schema.names:
+            columns_data["order"] = [s.order for s, _ in self._buffer]
+        batch = pa.record_batch(columns_data, schema=self._schema)
+        write_shard(self.folder, self._shards, batch)
+        self._shards += 1
+        self._buffer = []
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        if self._buffer:
+            self._flush()
+        if self.rows == 0:
+            empty = {k: v.without_response for k, v in self.statistics.items()}
+            raise BadData(
+                f"no response token in the {self.folder.name} pool: data.path gave "
+                f"{sum(empty.values())} sample(s) without one (per source: {empty}); check the "
+                "roles, data.max_length and, for a held-out split, data.validation_share"
+            )
+        statistics = {k: asdict(v) for k, v in sorted(self.statistics.items())}
+        write_json(
+            self.folder / MANIFEST,
+            {**manifest, "rows": self.rows, "statistics": statistics},
+        )
+
+
+def statistics_table(pool: TokenPool) -> str:
+    """Markdown table per source, with the mean lengths of the paper's Table 4."""
+    header = (
+        "source",
+        "samples",
+        "tokens",
+        "response tokens",
+        "truncated",
+        "without response",
+        "prompt length",
+        "completion length",
+        "overall length",
+    )
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    rows = dict(pool.manifest["statistics"])
+    names = [f.name for f in fields(SourceStatistics)]
+    rows["all"] = {n: sum(int(r[n]) for r in rows.values()) for n in names}
+    for source, row in rows.items():
+        samples = max(int(row["samples"]), 1)
+        lengths = [
+            f"{row[n] / samples:.1f}"
+            for n in ("prompt_length", "completion_length", "overall_length")
+        ]
+        cells = [
+            source,
+            *(str(row[n]) for n in names[:4]),
+            str(row["without_response"]),
+            *lengths,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    rejected = pool.manifest["rejected"]
+    if rejected:
+        lines.append(f"\nrejected lines: {rejected}")
+    return "\n".join(lines)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _unit_hash(text: str) -> float:
+    return _hash(text) / 2.0**64
+
+
+def _json_line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,0 +1,69 @@
+"""Rows of a pool or of a cleaned pool, as the samples that scoring and training take."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from tokenclean.arrow import ArrowTable, ListColumn
+from tokenclean.data.batches import Sample
+from tokenclean.data.pool import TokenPool
+
+NO_LOSS = -100
+
+
+class TokenRows(Dataset[Sample]):
+    """Map-style data set of samples read from memory-mapped Arrow.
+
+    Args:
+        table: a token pool (every response token is a target of weight 1) or a cleaned pool (the
+            tokens whose label is not -100, with their weight).
+        rows: which rows, in which order; all by default.
+
+    Attributes:
+        lengths: input tokens that each row needs, int64: up to its last target, 0 without one.
+        counts: targets of each row, int64.
+        responses: response tokens of each row, kept or not, int64.
+    """
+
+    def __init__(self, table: ArrowTable, rows: np.ndarray | None = None):
+        self.table = table
+        self.rows = np.arange(len(table)) if rows is None else np.asarray(rows, dtype=np.int64)
+        self._input_ids = table.lists("input_ids")
+        self._labels: ListColumn | None = None
+        self._weights: ListColumn | None = None
+        self._mask = table.lists("response_mask")
+        if not isinstance(table, TokenPool):
+            self._labels, self._weights = table.lists("labels"), table.lists("weight")
+        _, responses = _extents(self._mask, len(table))
+        lengths, counts = _extents(self._labels or self._mask, len(table))
+        self.lengths, self.counts = lengths[self.rows], counts[self.rows]
+        self.responses = responses[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.rows[index])
+        input_ids = self._input_ids[row]
+        if self._labels is None:
+            positions = np.flatnonzero(self._mask[row])
+            weights = np.ones(len(positions), dtype=np.float32)
+        else:
+            assert self._weights is not None
+            positions = np.flatnonzero(self._labels[row] != NO_LOSS)
+            weights = self._weights[row][positions]
+        return Sample(row=row, input_ids=input_ids, positions=positions, weights=weights)
+
+
+def _extents(column: ListColumn, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Last target and number of targets of each row, of a mask or a label column."""
+    lengths, counts = np.zeros((2, rows), dtype=np.int64)
+    for first, sizes, values in column.blocks():
+        chosen = np.flatnonzero(values if values.dtype == bool else values != NO_LOSS)
+        starts = np.cumsum(sizes) - sizes
+        owner = np.searchsorted(starts, chosen, side="right") - 1
+        # Ascending positions: the last write per row is its last target.
+        lengths[first + owner] = chosen - starts[owner]
+        counts[first : first + len(sizes)] = np.bincount(owner, minlength=len(sizes))
+    return lengths, counts

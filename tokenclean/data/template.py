@@ -1,0 +1,353 @@
+"""Conversations to tokens: the Tulu layout, with response tokens found by character offsets.
+
+    <|system|>\\n{text}\\n      <|user|>\\n{text}\\n      <|assistant|>\\n{text}{eos}\\n
+
+Every content is stripped, and so is the joined text (arXiv 2502.01968, appendix D.3). The text is
+tokenised once, as a whole. Response tokens are the tokens that cover assistant content and its
+EOS: never BOS, never a role tag, never the newline after EOS. Each response is decoded again and
+compared with the text it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tokenclean.data.formats import Message, Sample
+
+TemplateName = Literal["tulu", "raw", "chat"]
+#: Part of every fingerprint: raise it when rendering or the response rule changes.
+TEMPLATE_VERSION = 1
+
+
+@dataclass
+class Rendered:
+    """A conversation as one text.
+
+    Attributes:
+        text: what is tokenised.
+        responses: (start, end) characters of each assistant content with its EOS.
+        contents: for each message, where its stripped content starts in ``text``, and how many
+            characters were stripped from its left: the shift of truth spans.
+    """
+
+    text: str
+    responses: list[tuple[int, int]]
+    contents: list[tuple[int, int]]
+
+
+@dataclass
+class TokenisedSample:
+    """T tokens of one sample, cut at ``max_length``.
+
+    Attributes:
+        input_ids: int32, shape (T,).
+        response_mask: bool, shape (T,).
+        truth: int8, shape (T,), or None; 1 informative, 0 uninformative, -1 corrupted; 0 on tokens
+            that are no response tokens.
+        full_length: tokens before truncation.
+        prompt_tokens, response_tokens: before truncation.
+    """
+
+    input_ids: np.ndarray
+    response_mask: np.ndarray
+    truth: np.ndarray | None
+    full_length: int
+    response_tokens: int
+
+
+def render_tulu(messages: Sequence[Message], eos: str) -> Rendered:
+    """The Tulu text of a conversation and its response spans."""
+    parts: list[str] = []
+    responses: list[tuple[int, int]] = []
+    contents: list[tuple[int, int]] = []
+    length = 0
+    for message in messages:
+        header = f"<|{message.role}|>\n"
+        content = message.content.strip()
+        start = length + len(header)
+        contents.append((start, _left_blank(message.content)))
+        end = start + len(content)
+        tail = eos + "\n" if message.role == "assistant" else "\n"
+        if message.role == "assistant":
+            responses.append((start, end + len(eos)))
+        parts += [header, content, tail]
+        length = end + len(tail)
+    # Every text begins with a tag, so only the end can be stripped.
+    return Rendered("".join(parts).rstrip(), responses, contents)
+
+
+def render_raw(messages: Sequence[Message], eos: str) -> Rendered:
+    """Contents joined as they are, EOS after each assistant turn: for completion-style data."""
+    parts: list[str] = []
+    responses: list[tuple[int, int]] = []
+    contents: list[tuple[int, int]] = []
+    length = 0
+    for message in messages:
+        tail = eos if message.role == "assistant" else ""
+        contents.append((length, 0))
+        end = length + len(message.content) + len(tail)
+        if message.role == "assistant":
+            responses.append((length, end))
+        parts += [message.content, tail]
+        length = end
+    return Rendered("".join(parts), responses, contents)
+
+
+def _left_blank(text: str) -> int:
+    return len(text) - len(text.lstrip()) if text.strip() else 0
+
+
+class Tokeniser:
+    """A tokenizer together with a template: samples in, verified tokens out.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers (offsets are needed) with an EOS token.
+        template: ``tulu``; ``raw`` (contents joined without tags); ``chat`` (the tokenizer's own
+            chat template).
+        max_length: tokens kept from the left, T.
+
+    Raises:
+        ValueError: if the tokenizer lacks offsets, an EOS token, or a chat template asked for.
+    """
+
+    def __init__(self, tokenizer: Any, template: TemplateName = "tulu", max_length: int = 2048):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "data.tokenizer: a fast tokenizer is needed, since response tokens are found by "
+                "character offsets; save one with `tokenizer.json`"
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError("data.tokenizer: it has no EOS token, which ends every response")
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError("data.template: chat needs a tokenizer with a chat template")
+        if max_length < 2:
+            raise ValueError(f"data.max_length: {max_length} leaves no room for a response")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.eos: str = tokenizer.eos_token
+        self.eos_id: int = tokenizer.eos_token_id
+        self._special = sorted(
+            {str(t) for t in tokenizer.all_special_tokens}
+            | {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        )
+        # What the tokenizer puts around a text by itself, e.g. BOS in front.
+        probe = tokenizer("a")["input_ids"]
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        at = next(i for i in range(len(probe)) if probe[i : i + len(bare)] == bare)
+        self._prefix, self._suffix = probe[:at], probe[at + len(bare) :]
+
+    def fingerprint(self) -> str:
+        """Content hash of everything that decides the tokens of a text."""
+        return fingerprint_tokenizer(self.tokenizer, self.template, self.max_length)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[TokenisedSample]:
+        """Tokenise a batch of samples.
+
+        Raises:
+            ValueError: if a response does not decode to its own text; both are printed.
+        """
+        rendered = [self._render(s) for s in samples]
+        plain = [i for i, s in enumerate(samples) if not self._spells_special(s.messages)]
+        encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        if plain:
+            batch = self.tokenizer(
+                [rendered[i].text for i in plain],
+                add_special_tokens=self.template != "chat",
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for i, ids, offsets in zip(
+                plain, batch["input_ids"], batch["offset_mapping"], strict=True
+            ):
+                encoded[i] = np.asarray(ids, np.int32), np.asarray(offsets, np.int64)
+        for i in set(range(len(samples))) - encoded.keys():
+            encoded[i] = self._encode_literally(rendered[i])
+        results = []
+        for i, sample in enumerate(samples):
+            ids, offsets = encoded[i]
+            spans = [_covering(offsets, span) for span in rendered[i].responses]
+            self._verify(sample, rendered[i], ids, offsets, spans)
+            results.append(self._finish(sample, rendered[i], ids, offsets, spans))
+        return results
+
+    def _render(self, sample: Sample) -> Rendered:
+        if self.template == "tulu":
+            return render_tulu(sample.messages, self.eos)
+        if self.template == "raw":
+            return render_raw(sample.messages, self.eos)
+        return self._render_chat(sample)
+
+    def _render_chat(self, sample: Sample) -> Rendered:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in sample.messages], tokenize=False
+        )
+        responses, contents, cursor = [], [], 0
+        for message in sample.messages:
+            # Templates may strip contents, so look for the stripped one, past the one before.
+            content = message.content.strip()
+            start = text.find(content, cursor)
+            if start < 0:
+                raise ValueError(
+                    f"data.template: the chat template changes the text of sample {sample.id!r}; "
+                    f"looked for {content!r} in {text!r}. Use the tulu template"
+                )
+            cursor = end = start + len(content)
+            contents.append((start, _left_blank(message.content)))
+            if message.role == "assistant":
+                closing = next((t for t in self._special if text.startswith(t, end)), "")
+                responses.append((start, end + len(closing)))
+                cursor += len(closing)
+        return Rendered(text, responses, contents)
+
+    def _spells_special(self, messages: Sequence[Message]) -> bool:
+        return any(token in m.content for m in messages for token in self._special)
+
+    def _encode_literally(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenise a text whose content spells special tokens: as plain text, EOS put in by id."""
+        if self.template == "chat":
+            raise ValueError(
+                "data.template: a sample's content spells a special token of the tokenizer, which "
+                "the chat template cannot keep apart; use the tulu template"
+            )
+        ids: list[int] = list(self._prefix)
+        offsets: list[tuple[int, int]] = [(0, 0)] * len(self._prefix)
+        cursor = 0
+        eos_starts = [end - len(self.eos) for _, end in rendered.responses]
+        for eos_start in [*eos_starts, len(rendered.text)]:
+            piece = rendered.text[cursor:eos_start]
+            if piece:
+                part = self.tokenizer(
+                    piece,
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    return_offsets_mapping=True,
+                    verbose=False,
+                )
+                ids += part["input_ids"]
+                offsets += [(s + cursor, e + cursor) for s, e in part["offset_mapping"]]
+            cursor = eos_start
+            if eos_start < len(rendered.text):
+                ids.append(self.eos_id)
+                cursor += len(self.eos)
+                offsets.append((eos_start, cursor))
+        ids += self._suffix
+        offsets += [(cursor, cursor)] * len(self._suffix)
+        return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _verify(
+        self,
+        sample: Sample,
+        rendered: Rendered,
+        ids: np.ndarray,
+        offsets: np.ndarray,
+        spans: list[np.ndarray],
+    ) -> None:
+        unknown = self.tokenizer.unk_token_id
+        for (start, end), tokens in zip(rendered.responses, spans, strict=True):
+            want = rendered.text[start:end]
+            got = self._decode(ids[tokens])
+            if got == want:
+                continue
+            if unknown is not None and (ids[tokens] == unknown).any():
+                # An unknown token cannot be decoded; compare what lies between.
+                want = _blank_unknown(rendered.text, start, end, ids, offsets, tokens, unknown)
+                got = got.replace(self.tokenizer.unk_token, "")
+            # Some tokenizers normalise Unicode before they cut (NFC, NFKC), and SentencePiece ones
+            # lose or add the blank at the very start of a decoded piece.
+            if _normal(got) != _normal(want):
+                raise ValueError(
+                    f"sample {sample.id!r}: the response tokens do not decode to their own text\n"
+                    f"  text:    {want!r}\n  decoded: {got!r}\n"
+                    "The tokenizer changes text or cuts across the response's edge; use another "
+                    "tokenizer or template"
+                )
+
+    def _decode(self, ids: np.ndarray) -> str:
+        text: str = self.tokenizer.decode(
+            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _finish(
+        self,
+        sample: Sample,
+        rendered: Rendered,
+        ids: np.ndarray,
+        offsets: np.ndarray,
+        spans: list[np.ndarray],
+    ) -> TokenisedSample:
+        mask = np.zeros(len(ids), dtype=bool)
+        for tokens in spans:
+            mask[tokens] = True
+        mask[:1] = False  # nothing precedes the first token, so nothing can predict it
+        truth = None
+        if sample.truth is not None:
+            labels = np.ones(len(rendered.text), dtype=np.int8)
+            for message, start, end, label in sample.truth:
+                base, stripped = rendered.contents[message]
+                low = base + max(start - stripped, 0)
+                high = base + max(end - stripped, 0)
+                labels[low:high] = np.minimum(labels[low:high], label)
+            # A token takes the worst label among its characters: -1 < 0 < 1.
+            truth = np.zeros(len(ids), dtype=np.int8)
+            for t in np.flatnonzero(mask):
+                truth[t] = labels[offsets[t, 0] : offsets[t, 1]].min()
+        cut = slice(0, self.max_length)
+        return TokenisedSample(
+            input_ids=ids[cut],
+            response_mask=mask[cut],
+            truth=None if truth is None else truth[cut],
+            full_length=len(ids),
+            response_tokens=int(mask.sum()),
+        )
+
+
+def _covering(offsets: np.ndarray, span: tuple[int, int]) -> np.ndarray:
+    """Indices of the tokens that share a character with the span."""
+    start, end = span
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    return np.flatnonzero((ends > start) & (starts < end) & (ends > starts))
+
+
+def _blank_unknown(
+    text: str,
+    start: int,
+    end: int,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    tokens: np.ndarray,
+    unknown: int,
+) -> str:
+    keep = np.ones(end - start, dtype=bool)
+    for t in tokens[ids[tokens] == unknown]:
+        keep[max(offsets[t, 0] - start, 0) : offsets[t, 1] - start] = False
+    return "".join(c for c, kept in zip(text[start:end], keep, strict=True) if kept)
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip()
+
+
+def fingerprint_tokenizer(tokenizer: Any, *extra: object) -> str:
+    """Hash of the tokenizer's content and special ids (not of its name or path)."""
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps({k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}),
+        json.dumps([TEMPLATE_VERSION, *map(str, extra)]),
+    ]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Hash of the token-to-id map: what base, reference and pool must share."""
+    items = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(items.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What a cleaning run is judged by."""

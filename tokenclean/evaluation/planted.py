@@ -1,0 +1,164 @@
+"""Judging against planted truth: answers of the model, tokens of the mask.
+
+Everything is reported per source (on the planted pool: per task family) and over all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from tokenclean.arrow import ArrowTable
+from tokenclean.data.batches import Batch
+from tokenclean.data.pool import TokenPool
+from tokenclean.data.rows import NO_LOSS
+from tokenclean.models import Network
+
+ALL = "all"
+
+
+@dataclass
+class Accuracy:
+    """Correct answers out of the questions of one source."""
+
+    correct: int = 0
+    questions: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.correct / max(self.questions, 1)
+
+    @property
+    def standard_error(self) -> float:
+        """Of a share of independent questions."""
+        return float(np.sqrt(self.share * (1.0 - self.share) / max(self.questions, 1)))
+
+
+@torch.no_grad()
+def answer_accuracy(
+    network: Network, pool: TokenPool, batches: Iterable[Batch]
+) -> dict[str, Accuracy]:
+    """Share of test questions answered right, per source.
+
+    An answer is right if every token whose truth is 1, EOS aside, is the model's most likely token
+    given the question and the words of the response before it (greedy decoding, teacher-forced).
+
+    Raises:
+        ValueError: if the pool carries no truth, so that no answer is marked in it.
+    """
+    if pool.truth is None:
+        raise ValueError("data.test_path: its samples carry no `truth` spans that mark the answers")
+    device = network.hf.get_input_embeddings().weight.device
+    result: dict[str, Accuracy] = {}
+    for batch in batches:
+        moved = batch.to(device)
+        right = (network.greedy(moved) == moved.targets).cpu()
+        for row, hits in batch.split(right):
+            positions = pool.response_positions(row)
+            answer = pool.truth[row][positions] == 1
+            answer &= pool.input_ids[row][positions] != pool.eos_id
+            if not answer.any():
+                continue
+            for key in (pool.sources[row], ALL):
+                tally = result.setdefault(key, Accuracy())
+                tally.questions += 1
+                tally.correct += bool(hits.numpy()[answer].all())
+    return dict(sorted(result.items()))
+
+
+@torch.no_grad()
+def mean_nll(network: Network, pool: TokenPool, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss per response token in nats, per source and over all."""
+    device = network.hf.get_input_embeddings().weight.device
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        moved = batch.to(device)
+        for row, nll in moved.split(network(moved).double()):
+            for key in (pool.sources[row], ALL):
+                tally = sums.setdefault(key, [0.0, 0.0])
+                tally[0] += float(nll.sum())
+                tally[1] += len(nll)
+    return {key: total / count for key, (total, count) in sorted(sums.items())}
+
+
+@dataclass
+class MaskQuality:
+    """How well scores and mask agree with the truth, over one source's response tokens.
+
+    Attributes:
+        tokens, kept, informative, corrupted: counts of response tokens.
+        auroc: of the score, informative against all others; NaN without scores or with one class.
+        auroc_corrupted: of the score, informative against corrupted tokens alone.
+        precision: informative share of the kept tokens.
+        recall: kept share of the informative tokens.
+        corrupted_kept: kept share of the corrupted tokens.
+    """
+
+    tokens: int
+    kept: int
+    informative: int
+    corrupted: int
+    auroc: float
+    auroc_corrupted: float
+    precision: float
+    recall: float
+    corrupted_kept: float
+
+
+def mask_quality(cleaned: ArrowTable) -> dict[str, MaskQuality]:
+    """Compare a cleaned pool with its planted truth, per source; rows of round 0 are left out."""
+    columns = {name: cleaned.lists(name) for name in ("truth", "labels", "score", "response_mask")}
+    by_source: dict[str, list[dict[str, np.ndarray]]] = {}
+    rounds, sources = cleaned.values("round"), cleaned.values("source")
+    for row, source in enumerate(sources):
+        if rounds[row] == 0:
+            continue
+        at = columns["response_mask"][row]
+        entry = {
+            "truth": columns["truth"][row][at],
+            "kept": columns["labels"][row][at] != NO_LOSS,
+            "score": np.asarray(columns["score"][row][at], dtype=np.float64),
+        }
+        for key in (source, ALL):
+            by_source.setdefault(key, []).append(entry)
+    return {
+        source: _quality({k: np.concatenate([e[k] for e in entries]) for k in entries[0]})
+        for source, entries in sorted(by_source.items())
+    }
+
+
+def _quality(tokens: dict[str, np.ndarray]) -> MaskQuality:
+    informative, corrupted = tokens["truth"] == 1, tokens["truth"] == -1
+    kept, score = tokens["kept"], tokens["score"]
+    both = informative | corrupted
+    return MaskQuality(
+        tokens=len(kept),
+        kept=int(kept.sum()),
+        informative=int(informative.sum()),
+        corrupted=int(corrupted.sum()),
+        auroc=_auroc(score, informative),
+        auroc_corrupted=_auroc(score[both], informative[both]),
+        precision=_share(kept & informative, kept),
+        recall=_share(kept & informative, informative),
+        corrupted_kept=_share(kept & corrupted, corrupted),
+    )
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.sum() / whole.sum()) if whole.any() else float("nan")
+
+
+def _auroc(score: np.ndarray, positive: np.ndarray) -> float:
+    if np.isnan(score).any() or positive.all() or not positive.any():
+        return float("nan")
+    # torchmetrics squashes scores outside [0, 1] by a sigmoid, which can tie distinct ones: hand
+    # it ranks (ties shared) in [0, 1], which have the same AUROC.
+    _, ranks = np.unique(score, return_inverse=True)
+    scaled = torch.from_numpy(ranks / max(int(ranks.max()), 1))
+    value: Any = binary_auroc(scaled, torch.from_numpy(positive.astype(np.int64)))
+    return float(value)

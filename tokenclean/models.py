@@ -1,0 +1,602 @@
+"""Every call into transformers and peft: load, adapt, stack, run, publish.
+
+`Network` is one causal LM in memory with a stack of LoRA adapters over it: depth 0 is the base,
+depth 1 the warm-up model, depth t + 1 the model after round t. Adapters add up exactly
+(W + sum_i alpha/r * B_i A_i), so no merged copy is needed to score, to train on, or to go on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tokenclean.data.batches import Batch, Layout, Sample, collate
+from tokenclean.loss import Head, greedy_tokens, token_nll
+
+log = logging.getLogger(__name__)
+
+SEGMENTS = "tokenclean_segments"
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class BaseConfig:
+    """The base model and how to load it.
+
+    Args:
+        name: local path or hub name of a causal LM of transformers.
+        tokenizer: path or name of its tokenizer, if that lives elsewhere.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights in memory. ``auto``: float32 on a CPU; on a GPU bfloat16 under LoRA
+            and float32 when all weights are trained (mixed precision does the rest).
+        trust_remote_code: run Python code that comes with the model.
+        load_in_4bit: NF4 weights through bitsandbytes (``pip install tokenclean[4bit]``); GPU and
+            LoRA only.
+        layout: ``packed`` rows without padding, ``padded`` batches, or ``auto``: packed wherever a
+            probe shows that the model computes the same with it.
+    """
+
+    name: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: DTypeName = "auto"
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    layout: Literal["auto", "packed", "padded"] = "auto"
+
+
+@dataclass
+class LoraSettings:
+    """LoRA as in the paper (arXiv 2502.01968, D.3).
+
+    Args:
+        r: rank.
+        alpha: scaling factor; updates are scaled by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: names of the linear modules that get an adapter.
+    """
+
+    r: int = 64
+    alpha: int = 16
+    dropout: float = 0.1
+    target_modules: list[str] = field(
+        default_factory=lambda: [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ]
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r: {self.r} is not a rank; use null for full fine-tuning")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout: {self.dropout} is not in [0, 1)")
+
+
+def load_tokenizer(base: BaseConfig) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        ValueError: naming the path if there is none to be had.
+    """
+    name = base.tokenizer or base.name
+    _check_local(name, "model.base.tokenizer" if base.tokenizer else "model.base.name")
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+
+
+def load_config(base: BaseConfig) -> Any:
+    """The model's own configuration, without its weights."""
+    _check_local(base.name, "model.base.name")
+    try:
+        return AutoConfig.from_pretrained(
+            base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.base.name: {base.name} could not be loaded: {error}") from error
+
+
+def _check_local(name: str, option: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"{option}: {name} does not exist")
+
+
+def check_base(base: BaseConfig, tokenizer: Any, max_length: int) -> None:
+    """Refuse what cannot work before any weight is read.
+
+    Raises:
+        ValueError: if ``max_length`` exceeds the model's context, the tokenizer has ids that the
+            model has no embedding for, or 4-bit loading is asked for where it cannot be had.
+    """
+    config = load_config(base).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ValueError(
+            f"data.max_length: {max_length} exceeds the context of {base.name}, {context}; "
+            f"pass --data.max_length {context} or less"
+        )
+    # Only ids that a text can come to contain matter; a pad token beyond them is never used.
+    largest = max(
+        (i for t, i in tokenizer.get_vocab().items() if t != tokenizer.pad_token), default=0
+    )
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"model.base.tokenizer: token id {largest} has no embedding in {base.name}, whose "
+            f"vocabulary has {config.vocab_size} entries"
+        )
+    if base.load_in_4bit:
+        if not torch.cuda.is_available():
+            raise ValueError("model.base.load_in_4bit: needs a GPU")
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "model.base.load_in_4bit: needs bitsandbytes; pip install 'tokenclean[4bit]'"
+            ) from error
+
+
+class Network(nn.Module):
+    """One causal LM with a stack of LoRA adapters.
+
+    Attributes:
+        hf: the transformers model.
+        layout: how batches for it must be collated.
+        stack: adapter names, oldest first; the last may be in training, the others are frozen.
+        training_full: all weights are trained, no adapters (``lora: null``).
+    """
+
+    def __init__(self, hf: Any, layout: Literal["auto", "packed", "padded"] = "auto"):
+        super().__init__()
+        self.hf = hf
+        self.stack: list[str] = []
+        self.training_full = False
+        #: how many adapters of the stack are active
+        self.depth = 0
+        self._base_fingerprint: str | None = None
+        self._peft: list[Any] = []  # in a list: its modules already live in `hf`
+        self.requires_grad_(False)
+        self.eval()
+        self.layout: Layout = self._choose_layout(layout)
+
+    @classmethod
+    def load(
+        cls, base: BaseConfig, device: torch.device | str = "cpu", full: bool = False
+    ) -> Network:
+        """Read a model's weights (safetensors only).
+
+        Args:
+            base: which model.
+            device: where it will run; decides ``dtype: auto``. Weights are left on the CPU.
+            full: all weights are going to be trained.
+        """
+        on_gpu = torch.device(device).type == "cuda"
+        dtype = base.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if on_gpu and not full else "float32"
+        options: dict[str, Any] = {}
+        if base.load_in_4bit:
+            if full:
+                raise ValueError("model.base.load_in_4bit: 4-bit weights cannot be trained in full")
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        try:
+            hf = AutoModelForCausalLM.from_pretrained(
+                base.name,
+                revision=base.revision,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=base.trust_remote_code,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                **options,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"model.base.name: {base.name} could not be loaded: {error}"
+            ) from error
+        network = cls(hf, base.layout)
+        log.info("base %s: %s weights, %s batches", base.name, dtype, network.layout)
+        return network
+
+    # -- running ------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every target of a batch: float32, shape (N,)."""
+        return token_nll(self.hidden(batch), self.head, batch.targets)
+
+    def greedy(self, batch: Batch) -> Tensor:
+        """Most likely token at every target of a batch: int64, shape (N,)."""
+        return greedy_tokens(self.hidden(batch), self.head)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states of the rows that predict the targets, shape (N, H)."""
+        if batch.segments is None:
+            # Right padding needs no mask: a causal model never looks at what comes later.
+            options: dict[str, Any] = {}
+        else:
+            options = {
+                "position_ids": batch.position_ids,
+                "segments": batch.segments,
+                # Samples are kept apart by `segments`. Any 4-d mask stops transformers from
+                # building a T x T one from the position ids.
+                "attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)),
+            }
+        states = self.hf.base_model(
+            input_ids=batch.input_ids, use_cache=False, **options
+        ).last_hidden_state
+        return states.flatten(0, 1)[batch.predicting]
+
+    @property
+    def head(self) -> Head:
+        """The output head, with the logit transforms that the model's config declares."""
+        config, module = self.hf.config.get_text_config(), self.hf.get_output_embeddings()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return Head(module.weight, getattr(module, "bias", None), scale, cap)
+
+    def _choose_layout(self, wish: Literal["auto", "packed", "padded"]) -> Layout:
+        """Packed wherever it computes the same as the model's own forward pass, sample by sample.
+
+        Raises:
+            ValueError: if not even padded batches agree with the model's own logits, or ``packed``
+                was asked for and does not agree.
+        """
+        if wish != "padded" and self._full_attention():
+            self.hf.set_attn_implementation(SEGMENTS)
+            error = self._probe("packed")
+            if error is None:
+                return "packed"
+            if wish == "packed":
+                raise ValueError(f"model.base.layout: packed does not work for it: {error}")
+            log.info("packed batches do not suit this model (%s); using padded ones", error)
+            self.hf.set_attn_implementation("sdpa")
+        elif wish == "packed":
+            raise ValueError("model.base.layout: packed needs full attention in every layer")
+        error = self._probe("padded")
+        if error is not None:
+            raise ValueError(
+                f"{type(self.hf).__name__}: its output head is not one this project knows how to "
+                f"run in chunks ({error})"
+            )
+        return "padded"
+
+    def _full_attention(self) -> bool:
+        config = self.hf.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None)
+        if window is not None and getattr(config, "use_sliding_window", True):
+            return False
+        return kinds == {"full_attention"}
+
+    @torch.no_grad()
+    def _probe(self, layout: Layout) -> str | None:
+        """Compare our path with the model's own logits on three short samples; None if equal."""
+        config = self.hf.config.get_text_config()
+        generator = torch.Generator().manual_seed(0)
+        samples = []
+        for row, length in enumerate((11, 6, 11)):
+            drawn = torch.randint(0, config.vocab_size, (length,), generator=generator)
+            positions = np.arange(1, length)
+            weights = np.ones(length - 1, dtype=np.float32)
+            samples.append(Sample(row, drawn.numpy().astype(np.int32), positions, weights))
+        device = self.hf.get_input_embeddings().weight.device
+        tolerance = 1e-3 if self.hf.dtype in (torch.float32, torch.float64) else 0.2
+        try:
+            batch = collate(samples, layout).to(device)
+            for row, got in batch.split(self(batch)):
+                ids = torch.as_tensor(samples[row].input_ids, dtype=torch.int64, device=device)
+                logits = self.hf(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+                want = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+                gap = float((got - want).abs().max())
+                if not gap <= tolerance:
+                    return f"per-token losses differ by {gap:.3g}"
+        except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def fingerprint(self) -> str:
+        """Hash of the weights that count: the base's and those of the active adapters."""
+        if self.training_full:
+            return _hash_tensors(dict(self.hf.state_dict()))
+        if self._base_fingerprint is None:
+            plain = {
+                k.replace(".base_layer.", "."): v
+                for k, v in self.hf.state_dict().items()
+                if ".lora_" not in k
+            }
+            self._base_fingerprint = _hash_tensors(plain)
+        parts = [_hash_tensors(self._adapter_state(name)) for name in self.stack[: self.depth]]
+        return "+".join([self._base_fingerprint, *parts])
+
+    # -- training -----------------------------------------------------------------------------
+
+    def train_all_weights(self) -> None:
+        """Full fine-tuning: every weight of the base is trained in place."""
+        if self.stack:
+            raise ValueError("model.lora: null (full fine-tuning) cannot go on top of adapters")
+        self.requires_grad_(True)
+        self.training_full = True
+
+    def add_adapter(self, lora: LoraSettings) -> None:
+        """A fresh LoRA on top of the stack; everything below is frozen and without dropout."""
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            task_type="CAUSAL_LM",
+            bias="none",
+        )
+        name = f"round_{len(self.stack)}"
+        try:
+            if self._peft:
+                self._peft[0].add_adapter(name, config)
+            else:
+                self._peft = [get_peft_model(self.hf, config, adapter_name=name)]
+        except ValueError as error:
+            raise ValueError(
+                f"model.lora.target_modules: {', '.join(lora.target_modules)} do not fit "
+                f"{type(self.hf).__name__}: {error}"
+            ) from error
+        self.stack.append(name)
+        self._activate(len(self.stack), train_last=True)
+
+    def train_last_adapter(self, dropout: float) -> None:
+        """Train the newest adapter on, with dropout on its input again."""
+        self._activate(len(self.stack), train_last=True)
+        for module in self.hf.modules():
+            if self.stack[-1] in getattr(module, "lora_dropout", {}):
+                module.lora_dropout[self.stack[-1]] = nn.Dropout(dropout)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Put a saved adapter, frozen, on top of the stack.
+
+        Raises:
+            ValueError: if the folder holds no LoRA adapter.
+        """
+        folder = Path(folder)
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+        name = f"round_{len(self.stack)}"
+        if self._peft:
+            self._peft[0].load_adapter(str(folder), adapter_name=name)
+        else:
+            peft = PeftModel.from_pretrained(self.hf, str(folder), adapter_name=name)
+            self._peft = [peft]
+        self.stack.append(name)
+        self._activate(len(self.stack), train_last=False)
+
+    def freeze(self) -> None:
+        """End of training: nothing in the network takes gradients any more."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def drop_adapters(self) -> None:
+        """Back to the bare base."""
+        if self._peft:
+            self.hf = self._peft[0].unload()
+            self._peft, self.stack, self.depth = [], [], 0
+
+    @contextmanager
+    def at_depth(self, depth: int) -> Iterator[Network]:
+        """Run with the first ``depth`` adapters only; 0 is the base."""
+        if not 0 <= depth <= len(self.stack):
+            raise ValueError(f"depth {depth} of a stack of {len(self.stack)} adapters")
+        before = self.depth
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        self._activate(depth, train_last=False)
+        try:
+            yield self
+        finally:
+            self._activate(before, train_last=False)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name in trained)
+
+    def _activate(self, depth: int, train_last: bool) -> None:
+        """Make the first ``depth`` adapters count.
+
+        peft switches gradients on for whatever it activates, so they are set again afterwards.
+        """
+        self.depth = depth
+        if not self._peft:
+            return
+        tuner = self._peft[0].base_model
+        if depth == 0:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(self.stack[:depth])
+        trained = self.stack[-1] if train_last else None
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trained is not None and f".{trained}." in name)
+        for module in self.hf.modules():
+            for name in self.stack[: -1 if train_last else None]:
+                if name in getattr(module, "lora_dropout", {}):
+                    module.lora_dropout[name] = nn.Identity()
+
+    # -- publishing ---------------------------------------------------------------------------
+
+    def save_last_adapter(self, folder: Path) -> None:
+        """The newest adapter alone, in PEFT's format: one round of a run."""
+        name = self.stack[-1]
+        _write_adapter(folder, self._peft[0].peft_config[name], self._adapter_state(name))
+
+    def save_stack(self, folder: Path) -> None:
+        """The whole stack as one adapter that `PeftModel.from_pretrained` loads.
+
+        Ranks are concatenated: B = [B_1 ... B_m], A = [A_1; ...; A_m], r and alpha both summed, so
+        that alpha / r, and with it every delta, is unchanged.
+        """
+        peft = self._peft[0]
+        configs = [peft.peft_config[name] for name in self.stack]
+        scales = {c.lora_alpha / c.r for c in configs}
+        states = [self._adapter_state(name) for name in self.stack]
+        scale = configs[0].lora_alpha / configs[0].r
+        merged: dict[str, Tensor] = {}
+        for key in states[0]:
+            parts = [s[key] for s in states]
+            if ".lora_B." in key:
+                if len(scales) > 1:
+                    # Adapters of other scales join at the first one's alpha / r.
+                    parts = [
+                        p * (c.lora_alpha / c.r / scale)
+                        for p, c in zip(parts, configs, strict=True)
+                    ]
+                merged[key] = torch.cat(parts, dim=1)
+            else:
+                merged[key] = torch.cat(parts, dim=0)
+        rank = sum(c.r for c in configs)
+        config = replace(configs[0], r=rank, lora_alpha=_whole(scale * rank))
+        _write_adapter(folder, config, merged)
+
+    def save_merged(self, folder: Path, tokenizer: Any) -> None:
+        """Base plus stack as one ordinary model, which `AutoModelForCausalLM` loads.
+
+        Deltas are added in float32 and rounded once to the weights' dtype.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.hf.state_dict()
+        plain: dict[str, Tensor] = {}
+        for key, value in state.items():
+            if ".lora_" in key:
+                continue
+            plain[key.replace(".base_layer.", ".")] = value
+        for module_name, module in self.hf.named_modules():
+            if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+                key = f"{module_name}.weight"
+                total = plain[key].float()
+                for name in self.stack:
+                    if name in module.lora_A:
+                        total = total + module.get_delta_weight(name).float().to(total.device)
+                plain[key] = total.to(plain[key].dtype)
+        target = self._peft[0].get_base_model() if self._peft else self.hf
+        implementation = target.config._attn_implementation
+        target.set_attn_implementation("sdpa")
+        target.save_pretrained(folder, state_dict=plain)
+        target.set_attn_implementation(implementation)
+        tokenizer.save_pretrained(folder)
+
+    def _adapter_state(self, name: str) -> dict[str, Tensor]:
+        state = get_peft_model_state_dict(
+            self._peft[0], adapter_name=name, save_embedding_layers=False
+        )
+        return {k: v.detach().cpu().contiguous() for k, v in sorted(state.items())}
+
+
+TRAINED_IDS = "trained_ids.json"
+
+
+def trained_ids(folder: Path) -> list[str]:
+    """Ids of the samples an adapter (with all it stands on) was trained on; [] if unknown."""
+    path = folder / TRAINED_IDS
+    if not path.is_file():
+        return []
+    ids: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return ids
+
+
+def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _whole(value: float) -> int | float:
+    return round(value) if abs(value - round(value)) < 1e-9 else value
+
+
+def _write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference
+    # peft writes the module names in hash order; sorted, equal adapters are equal files.
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(written.get("target_modules"), list):
+        written["target_modules"].sort()
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter."""
+    return load_file(str(folder / "adapter_model.safetensors"))
+
+
+def _segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sample; neighbours of equal length run as one batch.
+
+    Shapes: query (1, heads, T, D), key and value (1, kv heads, T, D); result (1, T, heads, D).
+    Without ``segments`` it is transformers' own SDPA attention.
+    """
+    if segments is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    parts = []
+    start = 0
+    for length, run in groupby(segments):
+        count = sum(1 for _ in run)
+        stop = start + count * length
+        q, k, v = (
+            x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
+        parts.append(output.flatten(0, 1))
+        start = stop
+    return torch.cat(parts)[None], None
+
+
+AttentionInterface.register(SEGMENTS, _segment_attention)
+# Calls that carry no segments (generation, an evaluation harness) get SDPA's ordinary masks.
+AttentionMaskInterface.register(SEGMENTS, sdpa_mask)

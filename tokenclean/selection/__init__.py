@@ -1,0 +1,1 @@
+"""Scores to keep mask. NumPy only: no model, no GPU, no framework."""

@@ -1,0 +1,227 @@
+"""`CleanedSFTModule`: fine-tuning on the tokens that were kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torchmetrics.aggregation import MeanMetric
+from transformers import get_scheduler
+
+from tokenclean.data.batches import Batch
+from tokenclean.data.datamodule import GlobalBatch
+from tokenclean.models import BaseConfig, LoraSettings, Network
+from tokenclean.scoring.module import check_precision
+
+
+def paper_optimizer(params: Iterable[Any]) -> Optimizer:
+    """AdamW, learning rate 1e-4, no weight decay (arXiv 2502.01968, D.3 and released code)."""
+    return AdamW(params, lr=1e-4, weight_decay=0.0)
+
+
+class CleanedSFTModule(LightningModule):
+    """Supervised fine-tuning with a loss on kept tokens only, Eq. (1) of arXiv 2502.01968.
+
+    The loss of one optimiser step is the sum over the kept tokens of the *global* batch divided by
+    their number. The data module puts 1/number into every token's weight, so micro-batches,
+    padding, accumulation and number of processes change nothing but rounding.
+
+    With LoRA dropout the masks follow the order in which micro-batches are computed, so runs that
+    cut the global batch differently draw different dropout; the loss they estimate is the same.
+
+    Args:
+        base: the base model.
+        adapters: PEFT adapter folders to stand on, frozen, in this order.
+        lora: LoRA settings, or null to train all weights.
+        optimizer: made from the trainable parameters.
+        schedule: learning-rate schedule by its transformers name, stepped once per step.
+        warmup_ratio: share of all steps spent warming up.
+        gradient_clip: largest norm of the gradient; null does not clip (as the paper).
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        save_merged: also write base and adapters as one ordinary model.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        adapters: list[str] | None = None,
+        lora: LoraSettings | None = LoraSettings(),  # noqa: B008
+        optimizer: OptimizerCallable = paper_optimizer,
+        schedule: str = "linear",
+        warmup_ratio: float = 0.03,
+        gradient_clip: float | None = None,
+        gradient_checkpointing: bool = False,
+        save_merged: bool = False,
+    ):
+        super().__init__()
+        if not 0.0 <= warmup_ratio < 1.0:
+            raise ValueError(f"model.warmup_ratio: {warmup_ratio} is not in [0, 1)")
+        if gradient_clip is not None and gradient_clip <= 0.0:
+            raise ValueError(f"model.gradient_clip: {gradient_clip} is not positive; null disables")
+        self.base, self.adapters, self.lora = base, list(adapters or []), lora
+        for folder in self.adapters:
+            if not (Path(folder) / "adapter_config.json").is_file():
+                raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+        self.make_optimizer = optimizer
+        self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.gradient_clip = gradient_clip
+        self.gradient_checkpointing, self.save_merged = gradient_checkpointing, save_merged
+        #: set it beforehand to train what is already in memory
+        self.network: Network | None = None
+        #: replaces the optimizer's own learning rate (the warm-up's, in the loop)
+        self.learning_rate: float | None = None
+        # One optimiser step spans a varying number of micro-batches, which Lightning's automatic
+        # accumulation (a fixed number, each with equal say) cannot express.
+        self.automatic_optimization = False
+        # Checkpoints hold trained weights only; the base is read from where it came from.
+        self.strict_loading = False
+        self.kept_seen = 0
+        self.response_seen = 0
+        self.validation_nll = MeanMetric()
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the base, stack the frozen adapters, put a fresh LoRA on top."""
+        check_precision(self)
+        if self.network is not None:
+            return
+        device = self.trainer.strategy.root_device
+        self.network = Network.load(self.base, device, full=self.lora is None)
+        for folder in self.adapters:
+            self.network.load_adapter(folder)
+        self.start_round()
+
+    def start_round(self) -> None:
+        """Fresh trainable weights: a new LoRA, or all weights where ``lora`` is null."""
+        assert self.network is not None
+        if self.lora is None:
+            self.network.train_all_weights()
+        else:
+            self.network.add_adapter(self.lora)
+        self._ready()
+
+    def continue_round(self) -> None:
+        """Go on training the newest adapter instead of a fresh one."""
+        assert self.network is not None and self.lora is not None
+        self.network.train_last_adapter(self.lora.dropout)
+        self._ready()
+
+    def _ready(self) -> None:
+        assert self.network is not None
+        # Lightning keeps each module's mode as it finds it, and a network waits in eval mode.
+        self.network.train()
+        if self.gradient_checkpointing:
+            self.network.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(trained)
+        if self.learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.schedule,
+            optimizer,
+            num_warmup_steps=math.ceil(self.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+
+    # -- training -----------------------------------------------------------------------------
+
+    def training_step(self, batch: GlobalBatch, batch_idx: int) -> None:
+        """One optimiser step over one global batch.
+
+        Raises:
+            FloatingPointError: if the gradient is not finite.
+        """
+        assert self.network is not None
+        started = time.perf_counter()
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        optimizer.zero_grad()
+        loss = self._accumulate(batch)
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.global_step}: lower the learning rate "
+                "or set model.gradient_clip"
+            )
+        # A batch whose every sample was emptied teaches nothing: the schedule goes on, the
+        # optimiser's momentum does not move the weights.
+        if batch.kept:
+            optimizer.step()
+        scheduler.step()
+        self.kept_seen += batch.kept
+        self.response_seen += batch.responses
+        tokens = sum(micro.tokens for micro in batch.micro)
+        self.log_dict(
+            {
+                "train/loss": loss,
+                "train/learning_rate": scheduler.get_last_lr()[0],
+                "train/gradient_norm": norm,
+                "train/kept_share": batch.kept / max(batch.responses, 1),
+                "train/tokens_per_second": tokens / (time.perf_counter() - started),
+                "train/kept_tokens_seen": float(self.kept_seen),
+            }
+        )
+        self.log("loss", loss, prog_bar=True, logger=False)
+
+    def _accumulate(self, batch: GlobalBatch) -> float:
+        """Backward through every micro-batch of this process; the global loss, for the log."""
+        assert self.network is not None
+        strategy: Any = self.trainer.strategy
+        world = self.trainer.world_size
+        total = torch.zeros((), device=self.device)
+        for number, micro in enumerate(batch.micro):
+            last = number == len(batch.micro) - 1
+            alone = not isinstance(strategy, ParallelStrategy) or not hasattr(
+                strategy, "block_backward_sync"
+            )
+            with nullcontext() if last or alone else strategy.block_backward_sync():
+                loss = (self.network(micro) * micro.weights).sum()
+                # Processes average their gradients; the weights already sum to one over all.
+                self.manual_backward(loss * world)
+            total += loss.detach()
+        if not batch.micro:
+            # Every process takes part in the exchange of gradients, even with nothing to say.
+            nothing = sum((p * 0.0).sum() for p in self.parameters() if p.requires_grad)
+            assert isinstance(nothing, Tensor)
+            self.manual_backward(nothing)
+        return float(strategy.reduce(total, reduce_op="sum"))
+
+    def _gradient_norm(self) -> float:
+        trained = [p for p in self.parameters() if p.grad is not None]
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Mean loss over all response tokens of the validation pool."""
+        assert self.network is not None
+        self.validation_nll.update(self.network(batch).double().mean(), len(batch.targets))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("validation/loss", self.validation_nll, prog_bar=True)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
+        checkpoint["tokens_seen"] = (self.kept_seen, self.response_seen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.kept_seen, self.response_seen = checkpoint["tokens_seen"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +119,30 @@ class ListColumn:
             yield int(self._starts[k]), np.diff(offsets), values
 
 
+class TextColumn(Sequence[str]):
+    """One string column, read from the memory map value by value."""
+
+    def __init__(self, chunks: list[pa.Array]):
+        self._chunks = chunks
+        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        value: str = self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+        return value
+
+
 class ArrowTable:
     """A finished table: memory-mapped, so opening costs the same for any size."""
 
@@ -147,6 +171,9 @@ class ArrowTable:
 
     def lists(self, name: str) -> ListColumn:
         return ListColumn([b.column(name) for b in self._batches])
+
+    def texts(self, name: str) -> TextColumn:
+        return TextColumn([b.column(name) for b in self._batches])
 
     def values(self, name: str) -> list[Any]:
         """A scalar column as Python values (ids, sources)."""

@@ -24,6 +24,7 @@ from tokenclean.cleaning.apply import ScoredRows
 from tokenclean.cleaning.apply import clean as clean_rows
 from tokenclean.cleaning.loop import CleaningLoop, LoopConfig
 from tokenclean.cleaning.results import results_markdown
+from tokenclean.data.cleaned import check_tokenizer
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
@@ -55,6 +56,7 @@ set_parsing_settings(
     ],
 )
 
+_USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
 
 
@@ -73,12 +75,18 @@ class _Cli(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": f"tokenclean {verb}", "description": _first_line(model_class)},
+            parser_kwargs={
+                "prog": f"tokenclean {verb}",
+                "description": _first_line(model_class),
+                # the options fill two pages: --help lists them, an error need not
+                "usage": _USAGE,
+            },
             trainer_defaults={
                 # batches are dealt to processes by the data module
                 "use_distributed_sampler": False,
                 "enable_model_summary": False,
                 "precision": precision,
+                "max_epochs": 1,
             },
         )
 
@@ -100,8 +108,20 @@ class _Cli(LightningCLI):
 
     def attach_tokenizer(self, base: BaseConfig) -> None:
         """Load the tokenizer and check base and data against each other, before any weight."""
+        trainer = self.config["trainer"]
+        if trainer["accumulate_grad_batches"] != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches: a step is one global batch; set data.batch_size "
+                "(samples per step) and data.token_budget (tokens per forward pass) instead"
+            )
+        if trainer["gradient_clip_val"] is not None:
+            raise ValueError("trainer.gradient_clip_val: set model.gradient_clip instead")
         tokenizer = load_tokenizer(base)
-        check_base(base, tokenizer, self.datamodule.max_length)
+        max_length = self.datamodule.max_length
+        if self.datamodule.cleaned_folder:
+            # Tokenised already: its own length counts, and its own tokenizer.
+            max_length = check_tokenizer(self.datamodule.cleaned_folder, tokenizer)["max_length"]
+        check_base(base, tokenizer, max_length)
         self.datamodule.use_tokenizer(tokenizer)
 
 
@@ -215,7 +235,9 @@ class _LateManifest(ScoreWriter):
 def select(argv: list[str]) -> None:
     """Two score tables -> cleaned pool."""
     parser = ArgumentParser(
-        prog="tokenclean select", description="Two score tables and a rule -> cleaned pool."
+        prog="tokenclean select",
+        description="Two score tables and a rule -> cleaned pool.",
+        usage=_USAGE,
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file")
     parser.add_argument("--base", type=str | None, help="score table (or run) of the base model")
@@ -294,6 +316,11 @@ def clean(argv: list[str]) -> None:
             kwargs.update(precision="16-mixed" if _ON_GPU and mixed else "32-true")
         return Trainer(**{**kwargs, **changes})
 
+    if cli.trainer.world_size > 1:
+        raise ValueError(
+            "trainer.devices: `clean` runs on one device; on several, run the stages by hand with "
+            "`fit`, `score` and `select`, which do (the README shows how)"
+        )
     cli.attach_tokenizer(cli.model.base)
     loop = CleaningLoop(
         make_module,
@@ -321,12 +348,12 @@ def _add_place(parser: ArgumentParser) -> None:
 
 def _folder(config: Any, plain: dict[str, Any], verb: str) -> Path:
     files = config.get("config") or []
-    stem = Path(str(files[0])).stem if files else verb
+    stem = "-".join(dict.fromkeys(Path(str(file)).stem for file in files)) or verb
     return run_folder(config["outputs"], config["name"], stem, plain)
 
 
 def _tensorboard(folder: Path) -> TensorBoardLogger:
-    return TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard")
+    return TensorBoardLogger(save_dir=str(folder), name="tensorboard", version="")
 
 
 def _callbacks(trainer: Any) -> list[Callback]:
@@ -372,6 +399,7 @@ def _quieten() -> None:
     for message in (
         ".*LightningCLI's args parameter is intended.*",
         ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*Total length of `list` across ranks is zero.*",
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",

@@ -70,18 +70,6 @@ def greedy_tokens(hidden: Tensor, head: Head, chunk_rows: int = CHUNK_ROWS) -> T
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.int64)
 
 
-def weighted_loss(nll: Tensor, weights: Tensor, denominator: float) -> Tensor:
-    """Eq. (1): ``sum_i weights_i * nll_i / denominator``.
-
-    Args:
-        nll: float32, shape (N,).
-        weights: float32, shape (N,); 1 for a kept token under plain cleaning.
-        denominator: number of kept tokens in the *global* batch, so that the sum over micro-batches
-            and processes is one token-weighted mean, however the batch was cut up.
-    """
-    return (nll * weights).sum() / max(denominator, 1.0)
-
-
 def _matmul_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:

@@ -35,6 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tokenclean.data.batches import Batch, Layout, Sample, collate
+from tokenclean.data.template import vocabulary_hash
 from tokenclean.loss import Head, greedy_tokens, token_nll
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ def load_tokenizer(base: BaseConfig) -> Any:
     _check_local(name, "model.base.tokenizer" if base.tokenizer else "model.base.name")
     try:
         return AutoTokenizer.from_pretrained(
-            name, revision=base.revision, trust_remote_code=base.trust_remote_code
+            name,
+            revision=None if base.tokenizer else base.revision,
+            trust_remote_code=base.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
@@ -140,9 +143,11 @@ def check_base(base: BaseConfig, tokenizer: Any, max_length: int) -> None:
 
     Raises:
         ValueError: if ``max_length`` exceeds the model's context, the tokenizer has ids that the
-            model has no embedding for, or 4-bit loading is asked for where it cannot be had.
+            model has no embedding for or other ids than the model's own, or 4-bit loading is asked
+            for where it cannot be had.
     """
     config = load_config(base).get_text_config()
+    _check_vocabulary(base, config, tokenizer)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise ValueError(
@@ -167,6 +172,30 @@ def check_base(base: BaseConfig, tokenizer: Any, max_length: int) -> None:
             raise ValueError(
                 "model.base.load_in_4bit: needs bitsandbytes; pip install 'tokenclean[4bit]'"
             ) from error
+
+
+def _check_vocabulary(base: BaseConfig, config: Any, tokenizer: Any) -> None:
+    """A model run on another model's tokens must mean the same by every id."""
+    if base.tokenizer is not None:
+        try:
+            own = load_tokenizer(replace(base, tokenizer=None))
+        except ValueError:
+            log.warning("%s has no tokenizer of its own to compare ids with", base.name)
+        else:
+            ours, theirs = vocabulary_hash(tokenizer), vocabulary_hash(own)
+            if ours != theirs:
+                raise ValueError(
+                    f"model.base.tokenizer: {base.tokenizer} (vocabulary {ours}) gives other ids "
+                    f"to tokens than {base.name} was trained with (vocabulary {theirs})"
+                )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in ends:
+        log.warning(
+            "%s ends its own texts with token id(s) %s; responses end with the tokenizer's %d",
+            base.name,
+            ends,
+            tokenizer.eos_token_id,
+        )
 
 
 class Network(nn.Module):
@@ -224,7 +253,6 @@ class Network(nn.Module):
                 dtype=getattr(torch, dtype),
                 trust_remote_code=base.trust_remote_code,
                 use_safetensors=True,
-                attn_implementation="sdpa",
                 **options,
             )
         except OSError as error:
@@ -279,9 +307,11 @@ class Network(nn.Module):
             ValueError: if not even padded batches agree with the model's own logits, or ``packed``
                 was asked for and does not agree.
         """
+        samples = self._probe_samples()
+        own = self._own_losses(samples)
         if wish != "padded" and self._full_attention():
             self.hf.set_attn_implementation(SEGMENTS)
-            error = self._probe("packed")
+            error = self._probe(samples, own, "packed")
             if error is None:
                 return "packed"
             if wish == "packed":
@@ -289,8 +319,10 @@ class Network(nn.Module):
             log.info("packed batches do not suit this model (%s); using padded ones", error)
             self.hf.set_attn_implementation("sdpa")
         elif wish == "packed":
-            raise ValueError("model.base.layout: packed needs full attention in every layer")
-        error = self._probe("padded")
+            raise ValueError(
+                "model.base.layout: packed needs full, scaled dot-product attention in every layer"
+            )
+        error = self._probe(samples, own, "padded")
         if error is not None:
             raise ValueError(
                 f"{type(self.hf).__name__}: its output head is not one this project knows how to "
@@ -299,6 +331,9 @@ class Network(nn.Module):
         return "padded"
 
     def _full_attention(self) -> bool:
+        # Without SDPA the attention does something of its own (softcap, sinks, biases).
+        if self.hf.config._attn_implementation != "sdpa":
+            return False
         config = self.hf.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None)
@@ -306,9 +341,7 @@ class Network(nn.Module):
             return False
         return kinds == {"full_attention"}
 
-    @torch.no_grad()
-    def _probe(self, layout: Layout) -> str | None:
-        """Compare our path with the model's own logits on three short samples; None if equal."""
+    def _probe_samples(self) -> list[Sample]:
         config = self.hf.config.get_text_config()
         generator = torch.Generator().manual_seed(0)
         samples = []
@@ -317,18 +350,31 @@ class Network(nn.Module):
             positions = np.arange(1, length)
             weights = np.ones(length - 1, dtype=np.float32)
             samples.append(Sample(row, drawn.numpy().astype(np.int32), positions, weights))
+        return samples
+
+    @torch.no_grad()
+    def _own_losses(self, samples: list[Sample]) -> list[Tensor]:
+        """From the logits of the model's own forward pass with its own attention, one by one."""
+        device = self.hf.get_input_embeddings().weight.device
+        losses = []
+        for sample in samples:
+            ids = torch.as_tensor(sample.input_ids, dtype=torch.int64, device=device)
+            logits = self.hf(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            losses.append(nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+        return losses
+
+    @torch.no_grad()
+    def _probe(self, samples: list[Sample], own: list[Tensor], layout: Layout) -> str | None:
+        """Compare our path with the model's own losses on three short samples; None if equal."""
         device = self.hf.get_input_embeddings().weight.device
         tolerance = 1e-3 if self.hf.dtype in (torch.float32, torch.float64) else 0.2
         try:
             batch = collate(samples, layout).to(device)
             for row, got in batch.split(self(batch)):
-                ids = torch.as_tensor(samples[row].input_ids, dtype=torch.int64, device=device)
-                logits = self.hf(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-                want = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-                gap = float((got - want).abs().max())
+                gap = float((got - own[row]).abs().max())
                 if not gap <= tolerance:
                     return f"per-token losses differ by {gap:.3g}"
-        except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -376,6 +422,7 @@ class Network(nn.Module):
                 f"model.lora.target_modules: {', '.join(lora.target_modules)} do not fit "
                 f"{type(self.hf).__name__}: {error}"
             ) from error
+        self._check_adapter("model.lora.target_modules")
         self.stack.append(name)
         self._activate(len(self.stack), train_last=True)
 
@@ -390,19 +437,27 @@ class Network(nn.Module):
         """Put a saved adapter, frozen, on top of the stack.
 
         Raises:
-            ValueError: if the folder holds no LoRA adapter.
+            ValueError: if the folder holds no adapter, or one that is not plain LoRA.
         """
         folder = Path(folder)
-        if not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+        check_adapter_folder(folder)
         name = f"round_{len(self.stack)}"
         if self._peft:
             self._peft[0].load_adapter(str(folder), adapter_name=name)
         else:
             peft = PeftModel.from_pretrained(self.hf, str(folder), adapter_name=name)
             self._peft = [peft]
+        self._check_adapter(f"model.adapters: {folder}")
         self.stack.append(name)
         self._activate(len(self.stack), train_last=False)
+
+    def _check_adapter(self, option: str) -> None:
+        for module in (self.hf.get_input_embeddings(), self.hf.get_output_embeddings()):
+            if hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"{option}: embeddings and output head cannot be adapted, since losses are "
+                    "computed from the head's own weights; leave them out"
+                )
 
     def freeze(self) -> None:
         """End of training: nothing in the network takes gradients any more."""
@@ -422,11 +477,19 @@ class Network(nn.Module):
             raise ValueError(f"depth {depth} of a stack of {len(self.stack)} adapters")
         before = self.depth
         trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        last = self.stack[-1] if self.stack else ""
+        dropouts = [
+            (module.lora_dropout, module.lora_dropout[last])
+            for module in self.hf.modules()
+            if last in getattr(module, "lora_dropout", {})
+        ]
         self._activate(depth, train_last=False)
         try:
             yield self
         finally:
             self._activate(before, train_last=False)
+            for holder, dropout in dropouts:
+                holder[last] = dropout
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name in trained)
 
@@ -471,8 +534,8 @@ class Network(nn.Module):
         states = [self._adapter_state(name) for name in self.stack]
         scale = configs[0].lora_alpha / configs[0].r
         merged: dict[str, Tensor] = {}
-        for key in states[0]:
-            parts = [s[key] for s in states]
+        for key in sorted({k for state in states for k in state}):
+            parts = _parts(key, states, [c.r for c in configs])
             if ".lora_B." in key:
                 if len(scales) > 1:
                     # Adapters of other scales join at the first one's alpha / r.
@@ -485,6 +548,8 @@ class Network(nn.Module):
                 merged[key] = torch.cat(parts, dim=0)
         rank = sum(c.r for c in configs)
         config = replace(configs[0], r=rank, lora_alpha=_whole(scale * rank))
+        if all(isinstance(c.target_modules, set) for c in configs):
+            config.target_modules = set().union(*(c.target_modules for c in configs))
         _write_adapter(folder, config, merged)
 
     def save_merged(self, folder: Path, tokenizer: Any) -> None:
@@ -509,7 +574,8 @@ class Network(nn.Module):
                 plain[key] = total.to(plain[key].dtype)
         target = self._peft[0].get_base_model() if self._peft else self.hf
         implementation = target.config._attn_implementation
-        target.set_attn_implementation("sdpa")
+        if implementation == SEGMENTS:
+            target.set_attn_implementation("sdpa")
         target.save_pretrained(folder, state_dict=plain)
         target.set_attn_implementation(implementation)
         tokenizer.save_pretrained(folder)
@@ -542,6 +608,16 @@ def _hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _parts(key: str, states: list[dict[str, Tensor]], ranks: list[int]) -> list[Tensor]:
+    """One tensor of every adapter; zeros from an adapter that leaves this module alone."""
+    there = next(state[key] for state in states if key in state)
+    parts = []
+    for state, rank in zip(states, ranks, strict=True):
+        shape = (len(there), rank) if ".lora_B." in key else (rank, there.shape[1])
+        parts.append(state.get(key, there.new_zeros(shape)))
+    return parts
+
+
 def _whole(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
@@ -558,6 +634,29 @@ def _write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -
     if isinstance(written.get("target_modules"), list):
         written["target_modules"].sort()
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse what is not a plain LoRA adapter, before any weight is read.
+
+    Raises:
+        ValueError: naming what it is instead; only B A updates of linear modules add up exactly.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
+    unlike = {"use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"}
+    found = sorted(option for option in unlike if config.get(option))
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if found:
+        raise ValueError(
+            f"model.adapters: {folder} is not plain LoRA ({', '.join(found)}); merge it into its "
+            "base and give the result as model.base.name"
+        )
 
 
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
@@ -582,18 +681,16 @@ def _segment_attention(
     if segments is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
+    runs = [(length, sum(1 for _ in run)) for length, run in groupby(segments)]
+    # One split per tensor: its gradient is one concatenation, where slices would each be padded
+    # with zeros to the whole row.
+    sizes = [length * count for length, count in runs]
+    split = (x[0].split(sizes, dim=1) for x in (query, key, value))
     parts = []
-    start = 0
-    for length, run in groupby(segments):
-        count = sum(1 for _ in run)
-        stop = start + count * length
-        q, k, v = (
-            x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        )
+    for (length, count), *qkv in zip(runs, *split, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
         output, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
         parts.append(output.flatten(0, 1))
-        start = stop
     return torch.cat(parts)[None], None
 
 

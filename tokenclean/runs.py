@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,9 @@ def log_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception("the run stopped")
+        # Into the file alone: on the screen the caller says it in one line.
+        record = (logger.name, logging.ERROR, __file__, 0, "the run stopped", (), sys.exc_info())
+        handler.emit(logger.makeRecord(*record))
         raise
     finally:
         logger.removeHandler(handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean.arrow import list_array
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
@@ -60,6 +60,8 @@ class ScoredRows:
                     f"{self.base.folder} and {self.reference.folder} were both scored by the model "
                     f"{one}: every score would be zero. Score one of them with the other model"
                 )
+        self.counts = self.pool.response_counts()[self.rows]
+        self._gathered: dict[str, np.ndarray] | None = None
         seen = self.reference.trained_on() if self.reference is not None else set()
         self.seen = np.array([self.pool.ids[r] in seen for r in self.rows], dtype=bool)
 
@@ -86,23 +88,51 @@ class ScoredRows:
         return base - self.nll(self.reference, row).astype(np.float64)
 
     def blocks(self) -> Iterator[TokenBlock]:
-        truths = self.pool.truth
+        """The rows' response tokens, block by block; selection asks for them once per pass."""
+        if self._gathered is None:
+            self._gathered = self._gather()
+        tokens = self._gathered
+        stops = np.cumsum(self.counts)
         for first in range(0, len(self.rows), _BLOCK_ROWS):
-            chosen = self.rows[first : first + _BLOCK_ROWS]
-            positions = [self.pool.response_positions(int(r)) for r in chosen]
-            pairs = list(zip(map(int, chosen), positions, strict=True))
-            scores = [self.score(r) for r, _ in pairs]
-            known = [s for s in scores if s is not None]
+            last = min(first + _BLOCK_ROWS, len(self.rows))
+            at = slice(int(stops[first] - self.counts[first]), int(stops[last - 1]))
             yield TokenBlock(
-                rows=chosen,
-                counts=np.array([len(p) for p in positions], dtype=np.int64),
-                score=np.concatenate(known) if known else None,
-                is_eos=np.concatenate(
-                    [self.pool.input_ids[r][p] == self.pool.eos_id for r, p in pairs]
-                ),
-                truth=np.concatenate([truths[r][p] for r, p in pairs]) if truths else None,
-                seen=self.seen[first : first + _BLOCK_ROWS],
+                rows=self.rows[first:last],
+                counts=self.counts[first:last],
+                score=tokens["score"][at] if "score" in tokens else None,
+                is_eos=tokens["is_eos"][at],
+                truth=tokens["truth"][at] if "truth" in tokens else None,
+                seen=self.seen[first:last],
             )
+
+    def _gather(self) -> dict[str, np.ndarray]:
+        """Score, EOS flag and truth of every response token, in files rather than in memory."""
+        kinds: dict[str, type] = {"is_eos": np.bool_}
+        if self.base is not None and self.reference is not None:
+            kinds["score"] = np.float64
+        if self.pool.truth is not None:
+            kinds["truth"] = np.int8
+        size = int(self.counts.sum())
+        tokens: dict[str, np.ndarray] = {
+            # An unnamed file goes away with its map, so nothing is left to close.
+            name: np.memmap(
+                tempfile.TemporaryFile(),  # noqa: SIM115
+                dtype=kind,
+                mode="w+",
+                shape=(size,),
+            )
+            for name, kind in kinds.items()
+        }
+        stop = 0
+        for row in map(int, self.rows):
+            positions = self.pool.response_positions(row)
+            at = slice(stop, stop := stop + len(positions))
+            tokens["is_eos"][at] = self.pool.input_ids[row][positions] == self.pool.eos_id
+            if "score" in tokens:
+                tokens["score"][at] = self.score(row)
+            if self.pool.truth is not None:
+                tokens["truth"][at] = self.pool.truth[row][positions]
+        return tokens
 
 
 def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) -> Selected:
@@ -164,68 +194,56 @@ def _outcome(selected: Selected) -> dict[str, Any]:
 def _cleaned_batches(
     scored: ScoredRows, keep: np.ndarray, exclude_seen: bool, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    start = 0
+    """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block."""
+    pool, start = scored.pool, 0
     for first in range(0, len(scored.rows), _BLOCK_ROWS):
-        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-        for index in range(first, min(first + _BLOCK_ROWS, len(scored.rows))):
-            row = int(scored.rows[index])
-            positions = scored.pool.response_positions(row)
-            kept = keep[start : start + len(positions)]
-            start += len(positions)
-            left_out = SEEN if exclude_seen and scored.seen[index] else BELOW_CUT
-            for name, value in _cleaned_row(scored, row, positions, kept, left_out).items():
-                columns[name].append(value)
-        yield pa.record_batch(
-            {name: _array(values, schema.field(name).type) for name, values in columns.items()},
-            schema=schema,
+        rows = [int(r) for r in scored.rows[first : first + _BLOCK_ROWS]]
+        tokens = [pool.input_ids[r] for r in rows]
+        masks = [pool.response_mask[r] for r in rows]
+        input_ids, response = np.concatenate(tokens), np.concatenate(masks)
+        counts = np.array([int(m.sum()) for m in masks])
+        kept = keep[start : start + int(counts.sum())]
+        start += len(kept)
+
+        labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
+        labels[response] = np.where(kept, input_ids[response], NO_LOSS)
+        left_out = np.where(exclude_seen & scored.seen[first : first + len(rows)], SEEN, BELOW_CUT)
+        reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
+        reason[response] = np.where(kept, KEPT, np.repeat(left_out, counts))
+
+        lengths = [len(t) for t in tokens]
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+        def aligned(values: np.ndarray | pa.Array, offsets: pa.Array = offsets) -> pa.Array:
+            return pa.ListArray.from_arrays(offsets, values)
+
+        def scores(
+            parts: list[np.ndarray | None], dtype: pa.DataType, response: np.ndarray = response
+        ) -> pa.Array:
+            """Values at response tokens, null elsewhere; all null without a table."""
+            known = [part for part in parts if part is not None]
+            full = np.zeros(len(response), dtype=dtype.to_pandas_dtype())
+            if known:
+                full[response] = np.concatenate(known)
+            return pa.array(full, type=dtype, mask=~response | (not known))
+
+        base, reference = (
+            [None if table is None else scored.nll(table, r) for r in rows]
+            for table in (scored.base, scored.reference)
         )
-
-
-def _cleaned_row(
-    scored: ScoredRows, row: int, positions: np.ndarray, kept: np.ndarray, left_out: int
-) -> dict[str, Any]:
-    pool = scored.pool
-    input_ids = pool.input_ids[row]
-    labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
-    labels[positions[kept]] = input_ids[positions[kept]]
-    reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
-    reason[positions] = np.where(kept, KEPT, left_out)
-
-    def aligned(values: np.ndarray | None, dtype: type) -> np.ma.MaskedArray:
-        full = np.ma.masked_all(len(input_ids), dtype=dtype)
-        if values is not None:
-            full[positions] = values
-        return full
-
-    base = scored.nll(scored.base, row) if scored.base is not None else None
-    reference = scored.nll(scored.reference, row) if scored.reference is not None else None
-    result: dict[str, Any] = {
-        "id": pool.ids[row],
-        "source": pool.sources[row],
-        "input_ids": input_ids,
-        "labels": labels,
-        "response_mask": pool.response_mask[row],
-        "base_nll": aligned(base, np.float32),
-        "reference_nll": aligned(reference, np.float32),
-        "score": aligned(scored.score(row), np.float64),
-        "reason": reason,
-        "weight": np.ones(len(input_ids), dtype=np.float32),
-        "round": scored.round,
-    }
-    if pool.truth is not None:
-        result["truth"] = pool.truth[row]
-    return result
-
-
-def _array(values: list[Any], dtype: pa.DataType) -> pa.Array:
-    if not pa.types.is_list(dtype):
-        return pa.array(values, type=dtype)
-    if values and isinstance(values[0], np.ma.MaskedArray):
-        flat = np.ma.concatenate(values)
-        offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
-        # Arrow's own mask: True where there is no value.
-        leaves = pa.array(
-            flat.filled(0), type=dtype.value_type, mask=np.ma.getmaskarray(flat).copy()
-        )
-        return pa.ListArray.from_arrays(pa.array(offsets), leaves)
-    return list_array(values, dtype.value_type)
+        columns = {
+            "id": [pool.ids[r] for r in rows],
+            "source": [pool.sources[r] for r in rows],
+            "input_ids": aligned(input_ids),
+            "labels": aligned(labels),
+            "response_mask": aligned(response),
+            "base_nll": aligned(scores(base, pa.float32())),
+            "reference_nll": aligned(scores(reference, pa.float32())),
+            "score": aligned(scores([scored.score(r) for r in rows], pa.float64())),
+            "reason": aligned(reason),
+            "weight": aligned(np.ones(len(input_ids), dtype=np.float32)),
+            "round": np.full(len(rows), scored.round, dtype=np.int32),
+        }
+        if pool.truth is not None:
+            columns["truth"] = aligned(np.concatenate([pool.truth[r] for r in rows]))
+        yield pa.record_batch(columns, schema=schema)

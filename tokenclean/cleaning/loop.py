@@ -4,12 +4,13 @@ Fixed-model and self-evolving cleaning are two schedules of one loop. Every step
 that appears only when it is complete, so a run that was cut off goes on where it stopped:
 
     outputs/<run>/
-      config.yaml  log.txt  summary.json  results.md  results.json
+      config.yaml  log.txt  summary.json  times.json  results.md  results.json
       scores/base/            every row of the pool under theta_0, shared by all arms
       scores/warmup/          every row under the warm-up model, if an arm asks for it
       warmup/                 cleaned/ (D_0, all kept), adapter/ (theta_1)
       arms/<arm>/cleaned/     the arm's cleaned pool
-      arms/<arm>/adapter/     the arm's model: the base plus this one adapter
+      arms/<arm>/adapter/     the arm's model: the base plus this one adapter (after full
+                              fine-tuning, here and below, a whole model)
       arms/<arm>/result.json  what was measured of it
       arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
 """
@@ -46,6 +47,8 @@ from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
 
+#: seconds spent per kind of work, over all calls that the run took
+TIMES = "times.json"
 Schedule = Literal["warmup", "fixed_model", "self_evolving"]
 
 
@@ -68,7 +71,10 @@ class Arm:
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        self.selection(SelectionConfig())
+        try:
+            self.selection(SelectionConfig())
+        except ValueError as error:
+            raise ValueError(str(error).replace("selection.", "loop.arms: ", 1)) from None
 
     def selection(self, run: SelectionConfig) -> SelectionConfig:
         """The run's selection settings with this arm's own put in."""
@@ -97,9 +103,7 @@ class LoopConfig:
         continue_adapter: go on training one adapter instead of a fresh one per round.
     """
 
-    arms: dict[str, Arm] = field(
-        default_factory=lambda: {"self_evolving": Arm(schedule="self_evolving")}
-    )
+    arms: dict[str, Arm] = field(default_factory=dict)
     warmup_epochs: int | None = None
     warmup_learning_rate: float | None = None
     score_base: Literal["theta_0", "previous"] = "theta_0"
@@ -107,7 +111,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if not self.arms:
-            raise ValueError("loop.arms: no arm given")
+            raise ValueError("loop.arms: no arm given; configs/clean/ has one file per arm")
         for name in self.arms:
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 raise ValueError(f"loop.arms: {name!r} cannot be a folder name")
@@ -153,8 +157,12 @@ class CleaningLoop:
             raise ValueError("model.adapters: `clean` starts from the bare base; leave them out")
         if self.template.lora is None and loop.score_base == "previous":
             raise ValueError("loop.score_base: previous needs LoRA rounds, not full fine-tuning")
+        self._device = make_trainer(logger=False).strategy.root_device
         self._network: Network | None = None
-        self._seconds: dict[str, float] = {}
+        stored = folder / TIMES
+        self._seconds: dict[str, float] = (
+            json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        )
 
     @property
     def pool(self) -> TokenPool:
@@ -210,8 +218,7 @@ class CleaningLoop:
     def network(self) -> Network:
         """The base, loaded when it is first needed: a finished run loads nothing."""
         if self._network is None:
-            device = self.make_trainer(logger=False).strategy.root_device
-            self._network = Network.load(self.template.base, device, full=self.full_tuning)
+            self._network = Network.load(self.template.base, self._device, full=self.full_tuning)
             self.data.layout = self._network.layout
         return self._network
 
@@ -229,7 +236,7 @@ class CleaningLoop:
         if self.full_tuning:
             if folders:
                 base = replace(self.template.base, name=str(folders[-1]), tokenizer=None)
-                self._network = Network.load(base, full=True)
+                self._network = Network.load(base, self._device, full=True)
                 return self._network
             return self._at_base()
         network = self._at_base()
@@ -450,8 +457,11 @@ class CleaningLoop:
         )
 
     def _publish(self, folder: Path, adapters: list[Path]) -> None:
-        """The arm's model as one adapter. (After full fine-tuning the last round holds it.)"""
-        if self._replaces or _is_trained(folder):
+        """The arm's model as one adapter; after full fine-tuning, a link to the last round's."""
+        if _is_trained(folder):
+            return
+        if self.full_tuning:
+            (folder / "adapter").symlink_to(adapters[-1].relative_to(folder))
             return
         network = self._at(adapters)
         ids = set().union(*(trained_ids(adapter) for adapter in adapters))
@@ -471,7 +481,8 @@ class CleaningLoop:
         if stored.is_file():
             return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))
         folder.mkdir(parents=True, exist_ok=True)
-        network = self._at(adapters)
+        # Lightning hands weights back to the CPU after every run.
+        network = self._at(adapters).to(self._device)
         result = ArmResult(name=name)
         with self._timed("evaluate"):
             if self.data.test is not None:
@@ -495,6 +506,7 @@ class CleaningLoop:
         started = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+        write_json(self.folder / TIMES, self._seconds)
 
     @property
     def _cache(self) -> Path:

@@ -98,17 +98,22 @@ class CleanedPool(ArrowTable):
                 write_json(partial / MANIFEST, manifest)
         super().__init__(unpacked, KIND)
         self.manifest = manifest
-        self.origin = folder
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a model whose tokenizer is not the one that made the tokens.
 
-        Raises:
-            ValueError: with both fingerprints.
-        """
-        made, now = self.manifest["tokenizer"], fingerprint_tokenizer(tokenizer)
-        if made != now:
-            raise ValueError(
-                f"data.path: {self.origin} was tokenised by another tokenizer (fingerprint {made}) "
-                f"than model.base has ({now})"
-            )
+def check_tokenizer(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """Refuse a model whose tokenizer is not the one that made a cleaned pool.
+
+    Returns:
+        The pool's manifest.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    manifest = read_manifest(folder, KIND)
+    made, now = manifest["tokenizer"], fingerprint_tokenizer(tokenizer)
+    if made != now:
+        raise ValueError(
+            f"data.path: {folder} was tokenised by another tokenizer (fingerprint {made}) than "
+            f"model.base has ({now})"
+        )
+    return manifest

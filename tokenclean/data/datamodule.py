@@ -22,7 +22,7 @@ from tokenclean.data.batches import (
     plan_epoch,
     share_of_rank,
 )
-from tokenclean.data.cleaned import CleanedPool, is_cleaned_pool
+from tokenclean.data.cleaned import CleanedPool, check_tokenizer, is_cleaned_pool
 from tokenclean.data.formats import Reader
 from tokenclean.data.pool import (
     OnBadLine,
@@ -74,7 +74,7 @@ class TuluDataModule(LightningDataModule):
         id_column: column with the sample's id.
         source_column: column with the sample's source.
         subsets: parts the pool is split into, D_0 first.
-        subset: parts to use in ``fit`` and ``score``; all by default.
+        subset: part or parts to use in ``fit`` and ``score``; all by default.
         order: ``shuffle`` (seeded) before the split, or the name of a numeric column: rows with the
             largest values come first, so that D_0 is the best-rated part.
         validation_path: samples for the validation loss.
@@ -99,7 +99,7 @@ class TuluDataModule(LightningDataModule):
         id_column: str = "id",
         source_column: str = "source",
         subsets: int = 5,
-        subset: list[int] | None = None,
+        subset: int | list[int] | None = None,
         order: str = "shuffle",
         validation_path: str | None = None,
         validation_share: float = 0.0,
@@ -119,7 +119,8 @@ class TuluDataModule(LightningDataModule):
             "source_column": source_column,
         }
         self.template, self.max_length, self.on_bad_line = template, max_length, on_bad_line
-        self.subsets, self.subset, self.order = subsets, subset, order
+        self.subsets, self.order = subsets, order
+        self.subset = [subset] if isinstance(subset, int) else subset
         self.validation_path, self.validation_share = validation_path, validation_share
         self.test_path = test_path
         self.batch_size, self.token_budget, self.reduction = batch_size, token_budget, reduction
@@ -129,6 +130,9 @@ class TuluDataModule(LightningDataModule):
         self.validation: TokenPool | None = None
         self.test: TokenPool | None = None
         self._tokeniser: Tokeniser | None = None
+        self._reported = False
+        #: content hashes of the data, which take a pass over the files
+        self._fingerprints: dict[tuple[str, ...], str] = {}
         self._check()
 
     def _check(self) -> None:
@@ -136,6 +140,8 @@ class TuluDataModule(LightningDataModule):
             raise ValueError("data.path: no path given")
         if self.subsets < 1:
             raise ValueError(f"data.subsets: {self.subsets} parts; at least 1 is needed")
+        if self.subset == []:
+            raise ValueError("data.subset: an empty list; leave it out to use every part")
         for part in self.subset or []:
             if not 0 <= part < self.subsets:
                 raise ValueError(
@@ -192,9 +198,11 @@ class TuluDataModule(LightningDataModule):
                     self.validation_share,
                     self.seed,
                 )
-            pool = open_pool(folder / "train")
-            log.info("shapes found: %s", pool.manifest["shapes"])
-            log.info("pool %s\n%s", folder, statistics_table(pool))
+            if not self._reported:
+                pool = open_pool(folder / "train")
+                log.info("shapes found: %s", pool.manifest["shapes"])
+                log.info("pool %s\n%s", folder, statistics_table(pool))
+                self._reported = True
         for extra in (self.validation_path, self.test_path):
             if extra:
                 reader = self._reader([extra], order_column=None)
@@ -207,9 +215,8 @@ class TuluDataModule(LightningDataModule):
         tokeniser = self.tokeniser
         self.table: ArrowTable
         if self.cleaned_folder:
-            cleaned = CleanedPool(self.cleaned_folder, self.cache_dir)
-            cleaned.check_tokenizer(tokeniser.tokenizer)
-            self.table = cleaned
+            check_tokenizer(self.cleaned_folder, tokeniser.tokenizer)
+            self.table = CleanedPool(self.cleaned_folder, self.cache_dir)
         else:
             folder = self._pool_folder(self._reader(self.paths), self.validation_share)
             self.table = open_pool(folder / "train")
@@ -236,7 +243,10 @@ class TuluDataModule(LightningDataModule):
         return open_pool(folder / "train")
 
     def _pool_folder(self, reader: Reader, holdout: float) -> Path:
-        key = f"{data_fingerprint(reader)}-{self.tokeniser.fingerprint()}"
+        what = (*reader.paths, str(reader.order_column))
+        if what not in self._fingerprints:
+            self._fingerprints[what] = data_fingerprint(reader)
+        key = f"{self._fingerprints[what]}-{self.tokeniser.fingerprint()}"
         if holdout:
             key += f"-{holdout}-{self.seed}"
         return self.cache_dir / "pools" / f"{key}-{self.on_bad_line}"

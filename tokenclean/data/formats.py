@@ -6,6 +6,7 @@ with its file, line and reason.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,18 +69,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A row that is not a conversation. ``line`` counts from 1 (rows, in Parquet and folders)."""
+    """A row that is not a conversation.
+
+    Attributes:
+        file: path or hub name.
+        line: counted from 1 (rows, in Parquet and folders).
+        reason: what is wrong with it.
+        content: the row itself, as text, so that nothing is lost in quarantine.
+    """
 
     file: str
     line: int
     reason: str
+    content: str
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
 class _Bad(Exception):
-    """Carries the reason from wherever a row is found wanting."""
+    """Carries the reason from wherever a row is found wanting, and what could not be parsed."""
+
+    def __init__(self, reason: str, content: str | None = None):
+        super().__init__(reason)
+        self.content = content
 
 
 @dataclass
@@ -128,7 +141,7 @@ class Reader:
                         f"data.path: {name} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
                     )
             elif path.is_dir():
-                if not _is_datasets_folder(path) and not _data_files(path):
+                if not is_datasets_folder(path) and not _data_files(path):
                     raise ValueError(
                         f"data.path: {name} is neither a folder saved by `datasets` nor a folder "
                         f"of {', '.join(SUFFIXES)} files"
@@ -137,16 +150,21 @@ class Reader:
                 raise ValueError(f"data.path: {name} does not exist")
 
     def __iter__(self) -> Iterator[Sample | BadLine]:
+        stems: dict[str, int] = {}
         for name in self.paths:
             for file, rows in _row_streams(name, self.split):
                 stem = Path(file).stem
+                stems[stem] = stems.get(stem, 0) + 1
+                # Files of one name in two folders must not make the same ids.
+                prefix = stem if stems[stem] == 1 else f"{stem}({stems[stem]})"
                 for line, row in rows:
                     try:
-                        yield self._sample(row, file, stem, line)
+                        yield self._sample(row, file, stem, f"{prefix}-{line}")
                     except _Bad as bad:
-                        yield BadLine(file, line, str(bad))
+                        content = row.content if isinstance(row, _Bad) else _as_text(row)
+                        yield BadLine(file, line, str(bad), content or "")
 
-    def _sample(self, row: Any, file: str, stem: str, line: int) -> Sample:
+    def _sample(self, row: Any, file: str, stem: str, made_id: str) -> Sample:
         if isinstance(row, _Bad):
             raise row
         if not isinstance(row, Mapping):
@@ -157,8 +175,8 @@ class Reader:
         given = row.get(self.id_column)
         source = row.get(self.source_column) or row.get("dataset")
         return Sample(
-            id=str(given) if given is not None else f"{stem}-{line}",
-            source=str(source) if source else stem,
+            id=_encodable(str(given), "the id") if given is not None else made_id,
+            source=_encodable(str(source), "the source") if source else stem,
             messages=messages,
             truth=_truth(row.get("truth"), messages),
             order=self._order(row),
@@ -173,7 +191,7 @@ class Reader:
         return float(value)
 
 
-def _is_datasets_folder(path: Path) -> bool:
+def is_datasets_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
@@ -185,7 +203,7 @@ def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[in
     path = Path(name)
     if path.is_file():
         yield str(path), _file_rows(path)
-    elif path.is_dir() and not _is_datasets_folder(path):
+    elif path.is_dir() and not is_datasets_folder(path):
         for file in _data_files(path):
             yield str(file), _file_rows(file)
     else:
@@ -195,29 +213,40 @@ def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[in
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         line = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, row
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"data.path: {path} is not a readable Parquet file: {error}"
+            ) from error
     elif path.suffix == ".json" and (rows := _json_array(path)) is not None:
         yield from enumerate(rows, start=1)
     else:
         yield from _json_lines(path)
 
 
+def _as_text(row: Any) -> str:
+    return json.dumps(row, default=str)
+
+
 def _json_array(path: Path) -> list[Any] | None:
     """The rows of a JSON file that is one array; None if it is lines after all."""
-    with path.open(encoding="utf-8") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-        if first != "[":
+    with path.open("rb") as file:
+        first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if first != b"[":
             return None
         file.seek(0)
         try:
-            rows = json.load(file)
+            rows = json.loads(file.read().decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             return [_Bad(f"not JSON from line {error.lineno} on: {error.msg}")]
+        except UnicodeDecodeError as error:
+            return [_Bad(f"not UTF-8 at byte {error.start}")]
+        except (ValueError, RecursionError) as error:
+            return [_Bad(f"not JSON: {error}")]
     return list(rows)
 
 
@@ -225,15 +254,18 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     # Split on b"\n" alone: str.splitlines would also break inside strings, at U+2028 for one.
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
+            if line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 yield line, _Bad("empty line")
                 continue
+            text = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
             try:
                 row = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
-                row = _Bad(f"not UTF-8 at byte {error.start}")
-            except (json.JSONDecodeError, RecursionError) as error:
-                row = _Bad(f"not JSON: {error}")
+                row = _Bad(f"not UTF-8 at byte {error.start}", text)
+            except (ValueError, RecursionError) as error:  # e.g. a number too long
+                row = _Bad(f"not JSON: {error}", text)
             yield line, row
 
 

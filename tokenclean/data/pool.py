@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from tokenclean.arrow import (
     write_json,
     write_shard,
 )
-from tokenclean.data.formats import BadLine, Reader, Sample
+from tokenclean.data.formats import BadLine, Reader, Sample, is_datasets_folder
 from tokenclean.data.template import (
     TokenisedSample,
     Tokeniser,
@@ -79,8 +80,8 @@ class TokenPool(ArrowTable):
         self.input_ids = self.lists("input_ids")
         self.response_mask = self.lists("response_mask")
         self.truth = self.lists("truth") if "truth" in self.columns else None
-        self.ids: list[str] = self.values("id")
-        self.sources: list[str] = self.values("source")
+        self.ids = self.texts("id")
+        self.sources = self.texts("source")
 
     @property
     def fingerprint(self) -> str:
@@ -146,6 +147,8 @@ def data_fingerprint(reader: Reader) -> str:
 
             builder = datasets.load_dataset_builder(name)
             digest.update(f"{name}@{builder.hash}@{reader.split}".encode())
+        elif is_datasets_folder(Path(name)):
+            digest.update(Path(name).stem.encode())  # the folder's, not that of its shards
     options = (reader.split, reader.order_column, reader.id_column, reader.source_column)
     digest.update(repr(options).encode())
     return digest.hexdigest()[:16]
@@ -203,7 +206,7 @@ class _Stream:
         self.folder, self.on_bad_line = folder, on_bad_line
         self.rejected: dict[str, int] = {}
         self._bad: list[BadLine] = []
-        self._hashes: list[int] = []
+        self._hashes = array("Q")  # 8 bytes a row
 
     def __iter__(self) -> Iterator[tuple[Sample, TokenisedSample]]:
         waiting: list[Sample] = []
@@ -244,7 +247,7 @@ class _Stream:
             )
         if total:
             log.warning("%d bad line(s) went to quarantine.jsonl: %s", total, self.rejected)
-        hashes = np.sort(np.asarray(self._hashes, dtype=np.uint64))
+        hashes = np.sort(np.frombuffer(self._hashes, dtype=np.uint64))
         doubled = set(hashes[:-1][hashes[:-1] == hashes[1:]].tolist())
         if doubled:
             names = sorted(
@@ -380,4 +383,4 @@ def _unit_hash(text: str) -> float:
 
 
 def _json_line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return json.dumps(value) + "\n"

@@ -51,7 +51,8 @@ class TokenRows(Dataset[Sample]):
             weights = np.ones(len(positions), dtype=np.float32)
         else:
             assert self._weights is not None
-            positions = np.flatnonzero(self._labels[row] != NO_LOSS)
+            # As everywhere: nothing precedes the first token, so nothing can predict it.
+            positions = np.flatnonzero(self._labels[row][1:] != NO_LOSS) + 1
             weights = self._weights[row][positions]
         return Sample(row=row, input_ids=input_ids, positions=positions, weights=weights)
 
@@ -63,7 +64,9 @@ def _extents(column: ListColumn, rows: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.flatnonzero(values if values.dtype == bool else values != NO_LOSS)
         starts = np.cumsum(sizes) - sizes
         owner = np.searchsorted(starts, chosen, side="right") - 1
+        place = chosen - starts[owner]
+        owner, place = owner[place > 0], place[place > 0]
         # Ascending positions: the last write per row is its last target.
-        lengths[first + owner] = chosen - starts[owner]
+        lengths[first + owner] = place
         counts[first : first + len(sizes)] = np.bincount(owner, minlength=len(sizes))
     return lengths, counts

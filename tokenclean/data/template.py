@@ -33,13 +33,13 @@ class Rendered:
     Attributes:
         text: what is tokenised.
         responses: (start, end) characters of each assistant content with its EOS.
-        contents: for each message, where its stripped content starts in ``text``, and how many
-            characters were stripped from its left: the shift of truth spans.
+        contents: for each message, the (start, end) characters of its stripped content in
+            ``text``, and how many characters were stripped from its left: what truth spans need.
     """
 
     text: str
     responses: list[tuple[int, int]]
-    contents: list[tuple[int, int]]
+    contents: list[tuple[int, int, int]]
 
 
 @dataclass
@@ -66,14 +66,14 @@ def render_tulu(messages: Sequence[Message], eos: str) -> Rendered:
     """The Tulu text of a conversation and its response spans."""
     parts: list[str] = []
     responses: list[tuple[int, int]] = []
-    contents: list[tuple[int, int]] = []
+    contents: list[tuple[int, int, int]] = []
     length = 0
     for message in messages:
         header = f"<|{message.role}|>\n"
         content = message.content.strip()
         start = length + len(header)
-        contents.append((start, _left_blank(message.content)))
         end = start + len(content)
+        contents.append((start, end, _left_blank(message.content)))
         tail = eos + "\n" if message.role == "assistant" else "\n"
         if message.role == "assistant":
             responses.append((start, end + len(eos)))
@@ -87,12 +87,12 @@ def render_raw(messages: Sequence[Message], eos: str) -> Rendered:
     """Contents joined as they are, EOS after each assistant turn: for completion-style data."""
     parts: list[str] = []
     responses: list[tuple[int, int]] = []
-    contents: list[tuple[int, int]] = []
+    contents: list[tuple[int, int, int]] = []
     length = 0
     for message in messages:
         tail = eos if message.role == "assistant" else ""
-        contents.append((length, 0))
         end = length + len(message.content) + len(tail)
+        contents.append((length, end - len(tail), 0))
         if message.role == "assistant":
             responses.append((length, end))
         parts += [message.content, tail]
@@ -146,7 +146,8 @@ class Tokeniser:
 
     def fingerprint(self) -> str:
         """Content hash of everything that decides the tokens of a text."""
-        return fingerprint_tokenizer(self.tokenizer, self.template, self.max_length)
+        layout = self.tokenizer.chat_template if self.template == "chat" else ""
+        return fingerprint_tokenizer(self.tokenizer, self.template, self.max_length, layout)
 
     def __call__(self, samples: Sequence[Sample]) -> list[TokenisedSample]:
         """Tokenise a batch of samples.
@@ -187,26 +188,48 @@ class Tokeniser:
         return self._render_chat(sample)
 
     def _render_chat(self, sample: Sample) -> Rendered:
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in sample.messages], tokenize=False
-        )
-        responses, contents, cursor = [], [], 0
-        for message in sample.messages:
-            # Templates may strip contents, so look for the stripped one, past the one before.
-            content = message.content.strip()
-            start = text.find(content, cursor)
-            if start < 0:
+        text = self._chat_text(sample, [m.content for m in sample.messages])
+        # Rendered once more with marks for contents, to learn what the template puts between them:
+        # searching for a short content would find it inside a role's name.
+        marks = [f"\ue000{number}\ue001" for number in range(len(sample.messages))]
+        frame = self._chat_text(sample, marks)
+        between: list[str] = []
+        for mark, message in zip(marks, sample.messages, strict=True):
+            before, found, frame = frame.partition(mark)
+            if not found:
+                raise ValueError(
+                    f"data.template: the chat template drops or moves {message.role} turns of "
+                    f"sample {sample.id!r}. Use the tulu template"
+                )
+            between.append(before)
+        between.append(frame)
+        responses, contents, cursor = [], [], len(between[0])
+        for message, after in zip(sample.messages, between[1:], strict=True):
+            stripped = message.content.strip()
+            # Some templates strip contents, some do not.
+            if text.startswith(message.content + after, cursor):
+                end, left = cursor + len(message.content), 0
+            elif text.startswith(stripped + after, cursor):
+                end, left = cursor + len(stripped), _left_blank(message.content)
+            else:
                 raise ValueError(
                     f"data.template: the chat template changes the text of sample {sample.id!r}; "
-                    f"looked for {content!r} in {text!r}. Use the tulu template"
+                    f"looked for {stripped!r} in {text!r}. Use the tulu template"
                 )
-            cursor = end = start + len(content)
-            contents.append((start, _left_blank(message.content)))
+            contents.append((cursor, end, left))
             if message.role == "assistant":
                 closing = next((t for t in self._special if text.startswith(t, end)), "")
-                responses.append((start, end + len(closing)))
-                cursor += len(closing)
+                responses.append((cursor, end + len(closing)))
+            cursor = end + len(after)
         return Rendered(text, responses, contents)
+
+    def _chat_text(self, sample: Sample, contents: Sequence[str]) -> str:
+        turns = [
+            {"role": message.role, "content": content}
+            for message, content in zip(sample.messages, contents, strict=True)
+        ]
+        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return text
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
         return any(token in m.content for m in messages for token in self._special)
@@ -293,14 +316,16 @@ class Tokeniser:
         if sample.truth is not None:
             labels = np.ones(len(rendered.text), dtype=np.int8)
             for message, start, end, label in sample.truth:
-                base, stripped = rendered.contents[message]
-                low = base + max(start - stripped, 0)
-                high = base + max(end - stripped, 0)
+                first, last, stripped = rendered.contents[message]
+                low = min(first + max(start - stripped, 0), last)
+                high = min(first + max(end - stripped, 0), last)
                 labels[low:high] = np.minimum(labels[low:high], label)
             # A token takes the worst label among its characters: -1 < 0 < 1.
             truth = np.zeros(len(ids), dtype=np.int8)
             for t in np.flatnonzero(mask):
-                truth[t] = labels[offsets[t, 0] : offsets[t, 1]].min()
+                # A blank whose offsets were trimmed away ends where they stand.
+                start, end = offsets[t]
+                truth[t] = labels[min(start, end - 1) : end].min()
         cut = slice(0, self.max_length)
         return TokenisedSample(
             input_ids=ids[cut],
@@ -312,10 +337,15 @@ class Tokeniser:
 
 
 def _covering(offsets: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """Indices of the tokens that share a character with the span."""
+    """Indices of the tokens that share a character with the span, and of all between them.
+
+    Some byte-level tokenizers (GPT-NeoX's) trim blanks from offsets: a token that is nothing but
+    blanks then covers no character, yet stands between tokens that do.
+    """
     start, end = span
     starts, ends = offsets[:, 0], offsets[:, 1]
-    return np.flatnonzero((ends > start) & (starts < end) & (ends > starts))
+    inside = np.flatnonzero((ends > start) & (starts < end) & (ends > starts))
+    return np.arange(inside[0], inside[-1] + 1) if len(inside) else inside
 
 
 def _blank_unknown(
@@ -339,8 +369,11 @@ def _normal(text: str) -> str:
 
 def fingerprint_tokenizer(tokenizer: Any, *extra: object) -> str:
     """Hash of the tokenizer's content and special ids (not of its name or path)."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Padding and truncation are left over from the latest call; they decide no token.
+    content = {k: v for k, v in backend.items() if k not in ("padding", "truncation")}
     parts = [
-        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(content, ensure_ascii=False),
         json.dumps({k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}),
         json.dumps([TEMPLATE_VERSION, *map(str, extra)]),
     ]

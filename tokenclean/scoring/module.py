@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenclean.data.batches import Batch
 from tokenclean.data.pool import TokenPool
-from tokenclean.models import BaseConfig, Network, trained_ids
+from tokenclean.models import BaseConfig, Network, check_adapter_folder, trained_ids
 
 
 class ScoringModule(LightningModule):
@@ -34,8 +34,7 @@ class ScoringModule(LightningModule):
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
         for folder in self.adapters:
-            if not (Path(folder) / "adapter_config.json").is_file():
-                raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+            check_adapter_folder(Path(folder))
 
     def configure_model(self) -> None:
         """Load the weights, unless a network was handed over."""
@@ -45,6 +44,7 @@ class ScoringModule(LightningModule):
             self.network = Network.load(self.base, device)
             for folder in self.adapters:
                 self.network.load_adapter(folder)
+            use_layout(self, self.network)
             self.network.freeze()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -69,6 +69,13 @@ class ScoringModule(LightningModule):
         loader: Any = self.trainer.predict_dataloaders
         table = getattr(getattr(loader.dataset, "rows", None), "table", None)
         return f"sample {table.ids[row]!r}" if isinstance(table, TokenPool) else f"pool row {row}"
+
+
+def use_layout(module: LightningModule, network: Network) -> None:
+    """Have the trainer's data module, if there is one, collate as this network wants it."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if data is not None:
+        data.layout = network.layout
 
 
 def check_precision(module: LightningModule) -> None:

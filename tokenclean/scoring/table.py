@@ -90,7 +90,7 @@ class ScoreWriter(BasePredictionWriter):
     memory-mapped file at each row's own place, so memory stays flat, and come out in pool order.
 
     Args:
-        rows: what is being scored.
+        rows: what is being scored, in ascending order of pool rows.
         folder: where the table goes.
         manifest: what to say about model and pool; see `score_manifest`.
     """
@@ -98,7 +98,6 @@ class ScoreWriter(BasePredictionWriter):
     def __init__(self, rows: TokenRows, folder: Path, manifest: dict[str, Any]):
         super().__init__(write_interval="batch")
         self.rows, self.folder, self.manifest = rows, folder, manifest
-        self._place = {int(row): i for i, row in enumerate(rows.rows)}
         self._starts = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int64)
         self._spool = folder.with_name(folder.name + ".spool")
 
@@ -122,7 +121,7 @@ class ScoreWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         for row, nll in batch.split(prediction.to("cpu", torch.float32)):
-            place = self._place[row]
+            place = int(np.searchsorted(self.rows.rows, row))
             self._nll[self._starts[place] : self._starts[place + 1]] = nll.numpy()
             self._seen[place] += 1
 

@@ -48,11 +48,17 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
-            raise ValueError(f"rule: {self.rule!r} is not one of {', '.join(get_args(RuleName))}")
+            raise ValueError(
+                f"selection.rule: {self.rule!r} is not one of {', '.join(get_args(RuleName))}"
+            )
         if self.scope not in get_args(Scope):
-            raise ValueError(f"scope: {self.scope!r} is not one of {', '.join(get_args(Scope))}")
+            raise ValueError(
+                f"selection.scope: {self.scope!r} is not one of {', '.join(get_args(Scope))}"
+            )
         if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"keep: {self.keep} is not a share in (0, 1]; the paper keeps 0.6")
+            raise ValueError(
+                f"selection.keep: {self.keep} is not a share in (0, 1]; the paper keeps 0.6"
+            )
 
     @property
     def needs_scores(self) -> bool:
@@ -92,7 +98,7 @@ class Selected:
         keep: bool, one entry per response token in pool order.
         ranked: response tokens that were ranked (all, less those of excluded rows).
         kept: number of kept tokens.
-        cut: smallest score kept, at global scope of a rule that ranks by score; else None.
+        cut: smallest score kept by rank, at global scope of a rule that ranks by score; else None.
     """
 
     keep: np.ndarray
@@ -124,15 +130,17 @@ def select(
     else:
         masks = _sample_masks(blocks, config, seed)
     keep = np.concatenate([np.zeros(0, dtype=bool), *masks])
-    cut = None
+    cut: float | None = None
     if config.rule == "token_cleaning" and config.scope == "global" and keep.any():
-        start, cut = 0, np.inf
+        start = 0
         for block in blocks():
             mask = keep[start : start + int(block.counts.sum())]
             start += len(mask)
             if config.always_keep_eos:
                 mask = mask & ~block.is_eos
-            cut = min(cut, float(_score(block)[mask].min(initial=np.inf)))
+            if mask.any():
+                least = float(_score(block)[mask].min())
+                cut = least if cut is None else min(cut, least)
     return Selected(keep=keep, ranked=ranked, kept=int(keep.sum()), cut=cut)
 
 

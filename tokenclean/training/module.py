@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -20,8 +21,8 @@ from transformers import get_scheduler
 
 from tokenclean.data.batches import Batch
 from tokenclean.data.datamodule import GlobalBatch
-from tokenclean.models import BaseConfig, LoraSettings, Network
-from tokenclean.scoring.module import check_precision
+from tokenclean.models import BaseConfig, LoraSettings, Network, check_adapter_folder
+from tokenclean.scoring.module import check_precision, use_layout
 
 
 def paper_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -36,8 +37,9 @@ class CleanedSFTModule(LightningModule):
     their number. The data module puts 1/number into every token's weight, so micro-batches,
     padding, accumulation and number of processes change nothing but rounding.
 
-    With LoRA dropout the masks follow the order in which micro-batches are computed, so runs that
-    cut the global batch differently draw different dropout; the loss they estimate is the same.
+    Dropout is drawn from (seed, epoch, step, process), so a resumed run repeats it. Within a step
+    the masks follow the order in which micro-batches are computed: runs that cut the global batch
+    differently draw different dropout; the loss they estimate is the same.
 
     Args:
         base: the base model.
@@ -68,10 +70,11 @@ class CleanedSFTModule(LightningModule):
             raise ValueError(f"model.warmup_ratio: {warmup_ratio} is not in [0, 1)")
         if gradient_clip is not None and gradient_clip <= 0.0:
             raise ValueError(f"model.gradient_clip: {gradient_clip} is not positive; null disables")
+        if save_merged and base.load_in_4bit:
+            raise ValueError("model.save_merged: 4-bit weights cannot be merged into; leave it out")
         self.base, self.adapters, self.lora = base, list(adapters or []), lora
         for folder in self.adapters:
-            if not (Path(folder) / "adapter_config.json").is_file():
-                raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+            check_adapter_folder(Path(folder))
         self.make_optimizer = optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.gradient_clip = gradient_clip
@@ -88,18 +91,26 @@ class CleanedSFTModule(LightningModule):
         self.kept_seen = 0
         self.response_seen = 0
         self.validation_nll = MeanMetric()
+        self._seed = 0
+        self._loader_state: dict[str, int] | None = None
 
     # -- set-up -------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Load the base, stack the frozen adapters, put a fresh LoRA on top."""
         check_precision(self)
+        if str(self.trainer.precision) == "16-mixed":
+            raise ValueError(
+                "trainer.precision: 16-mixed needs a loss scale, which would spoil the gradient's "
+                "norm; train in bf16-mixed or 32-true"
+            )
         if self.network is not None:
             return
         device = self.trainer.strategy.root_device
         self.network = Network.load(self.base, device, full=self.lora is None)
         for folder in self.adapters:
             self.network.load_adapter(folder)
+        use_layout(self, self.network)
         self.start_round()
 
     def start_round(self) -> None:
@@ -130,6 +141,10 @@ class CleanedSFTModule(LightningModule):
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError(
+                "trainer.max_epochs: the schedule needs an end; give max_epochs or max_steps"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(
             self.schedule,
@@ -140,6 +155,17 @@ class CleanedSFTModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
     # -- training -----------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._seed = torch.initial_seed()
+
+    def on_train_start(self) -> None:
+        # Counting the steps for the schedule makes Lightning set the loader up before it has read
+        # the checkpoint's loops, after which it would never hand the loader its place in the epoch.
+        if self._loader_state is not None:
+            loader: Any = self.trainer.train_dataloader
+            loader.load_state_dict(self._loader_state)
+            self._loader_state = None
 
     def training_step(self, batch: GlobalBatch, batch_idx: int) -> None:
         """One optimiser step over one global batch.
@@ -152,6 +178,8 @@ class CleanedSFTModule(LightningModule):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
+        place = [self._seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         loss = self._accumulate(batch)
         norm = self._gradient_norm()
         if not math.isfinite(norm):
@@ -161,6 +189,7 @@ class CleanedSFTModule(LightningModule):
             )
         # A batch whose every sample was emptied teaches nothing: the schedule goes on, the
         # optimiser's momentum does not move the weights.
+        rate = scheduler.get_last_lr()[0]
         if batch.kept:
             optimizer.step()
         scheduler.step()
@@ -170,7 +199,7 @@ class CleanedSFTModule(LightningModule):
         self.log_dict(
             {
                 "train/loss": loss,
-                "train/learning_rate": scheduler.get_last_lr()[0],
+                "train/learning_rate": rate,
                 "train/gradient_norm": norm,
                 "train/kept_share": batch.kept / max(batch.responses, 1),
                 "train/tokens_per_second": tokens / (time.perf_counter() - started),
@@ -222,6 +251,9 @@ class CleanedSFTModule(LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
         checkpoint["tokens_seen"] = (self.kept_seen, self.response_seen)
+        loader: Any = self.trainer.train_dataloader
+        checkpoint["loader"] = loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.kept_seen, self.response_seen = checkpoint["tokens_seen"]
+        self._loader_state = checkpoint["loader"]

@@ -1,0 +1,138 @@
+"""Tables on disk: what is written comes back, mapped and not copied, and never half of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tokenclean.arrow import (
+    MANIFEST,
+    ArrowTable,
+    ListColumn,
+    complete_folder,
+    list_array,
+    read_manifest,
+    write_json,
+    write_shard,
+)
+
+#: Two shards; the second begins with an empty list, the first holds one in the middle.
+SHARDS: list[list[list[int]]] = [[[1, 2, 3], [], [4]], [[], [5, 6], [7, 8, 9, 10]]]
+ROWS = [row for shard in SHARDS for row in shard]
+
+
+def write_table(folder: Path, kind: str = "thing", rows: int = 6) -> Path:
+    with complete_folder(folder) as partial:
+        for number, shard in enumerate(SHARDS):
+            numbers = list_array([np.array(row, dtype=np.int64) for row in shard], pa.int32())
+            odd = list_array([np.array([v % 2 == 1 for v in row], bool) for row in shard],
+                             pa.bool_())  # fmt: skip
+            sparse = pa.array([[v if v > 4 else None for v in row] for row in shard],
+                              type=pa.list_(pa.float32()))  # fmt: skip
+            names = pa.array([f"{number}/{i}" for i in range(len(shard))])
+            batch = pa.record_batch(
+                {"name": names, "numbers": numbers, "odd": odd, "sparse": sparse}
+            )
+            write_shard(partial, number, batch)
+        write_json(partial / MANIFEST, {"kind": kind, "rows": rows})
+    return folder
+
+
+def test_lists_come_back_row_by_row_and_in_blocks(tmp_path: Path) -> None:
+    table = ArrowTable(write_table(tmp_path / "table"), "thing")
+    numbers, odd = table.lists("numbers"), table.lists("odd")
+    assert len(table) == len(numbers) == 6
+    assert table.columns == ["name", "numbers", "odd", "sparse"]
+    assert table.values("name") == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]
+    assert [numbers[i].tolist() for i in range(6)] == ROWS
+    assert [odd[i].tolist() for i in range(6)] == [[v % 2 == 1 for v in row] for row in ROWS]
+    assert numbers.counts().tolist() == [3, 0, 1, 0, 2, 4]
+    blocks = [(first, sizes.tolist(), values.tolist()) for first, sizes, values in odd.blocks()]
+    assert blocks == [
+        (0, [3, 0, 1], [True, False, True, False]),
+        (3, [0, 2, 4], [True, False, True, False, True, False]),
+    ]
+    assert [values.tolist() for _, _, values in numbers.blocks()] == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8, 9, 10],
+    ]
+
+
+def test_nulls_come_back_as_nan(tmp_path: Path) -> None:
+    sparse = ArrowTable(write_table(tmp_path / "table"), "thing").lists("sparse")
+    assert np.isnan(sparse[0]).all()
+    assert sparse[0].shape == (3,)
+    assert sparse[4].tolist() == [5.0, 6.0]
+
+
+def test_numbers_are_views_on_the_memory_map(tmp_path: Path) -> None:
+    before = pa.total_allocated_bytes()
+    table = ArrowTable(write_table(tmp_path / "table"), "thing")
+    row = table.lists("numbers")[5]
+    assert row.dtype == np.int32
+    assert not row.flags.owndata
+    assert not row.flags.writeable
+    # Nothing of the columns lies in Arrow's own memory: all of it is the file's.
+    assert pa.total_allocated_bytes() == before
+
+
+def test_sliced_arrays_keep_to_their_slice() -> None:
+    whole = list_array([np.array(row) for row in ROWS], pa.int32())
+    column = ListColumn([whole.slice(2, 3)])
+    assert [column[i].tolist() for i in range(3)] == [[4], [], [5, 6]]
+    assert column.counts().tolist() == [1, 0, 2]
+    assert [(f, s.tolist(), v.tolist()) for f, s, v in column.blocks()] == [
+        (0, [1, 0, 2], [4, 5, 6])
+    ]
+
+
+def test_an_empty_column_has_no_rows() -> None:
+    column = ListColumn([])
+    assert len(column) == 0
+    assert column.counts().tolist() == []
+    assert list(column.blocks()) == []
+    assert list_array([], pa.int32()).to_pylist() == []
+
+
+def test_an_interrupted_writer_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = write_table(tmp_path / "table")
+    with pytest.raises(KeyboardInterrupt), complete_folder(folder) as partial:
+        (partial / "part-00000.arrow").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["table"]
+    assert len(ArrowTable(folder, "thing")) == 6
+
+
+def test_a_finished_writer_replaces_the_folder(tmp_path: Path) -> None:
+    folder = write_table(tmp_path / "table")
+    with complete_folder(folder) as partial:
+        write_json(partial / MANIFEST, {"kind": "other", "rows": 0})
+        assert (folder / "part-00000.arrow").exists()
+    assert [p.name for p in folder.iterdir()] == [MANIFEST]
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"name": "naïve"})
+    with pytest.raises(TypeError):
+        write_json(path, {"name": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "naïve"}
+
+
+def test_wrong_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is not a thing: it has no manifest\.json"):
+        read_manifest(tmp_path / "nothing", "thing")
+    folder = write_table(tmp_path / "table", kind="other")
+    with pytest.raises(ValueError, match="holds a other, not a thing"):
+        ArrowTable(folder, "thing")
+
+
+def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
+    folder = write_table(tmp_path / "table")
+    (folder / "part-00001.arrow").unlink()
+    with pytest.raises(ValueError, match="states 6 rows, the shards hold 3"):
+        ArrowTable(folder, "thing")

@@ -1,19 +1,16 @@
-"""Every call into transformers and peft: load, adapt, stack, run, publish.
+"""One causal LM in memory with a stack of LoRA adapters over it.
 
-`Network` is one causal LM in memory with a stack of LoRA adapters over it: depth 0 is the base,
-depth 1 the warm-up model, depth t + 1 the model after round t. Adapters add up exactly
-(W + sum_i alpha/r * B_i A_i), so no merged copy is needed to score, to train on, or to go on from.
+Depth 0 is the base, depth 1 the warm-up model, depth t + 1 the model after round t. Adapters add
+up exactly (W + sum_i alpha/r * B_i A_i), so no merged copy is needed to score, to train on, or to
+go on from.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,181 +18,21 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tokenclean.data.batches import Batch, Layout, Sample, collate
-from tokenclean.data.template import vocabulary_hash
 from tokenclean.loss import Head, greedy_tokens, token_nll
+from tokenclean.models.adapters import (
+    LoraSettings,
+    check_adapter_folder,
+    join_adapters,
+    write_adapter,
+)
+from tokenclean.models.attention import SEGMENTS
+from tokenclean.models.loading import BaseConfig
 
 log = logging.getLogger(__name__)
-
-SEGMENTS = "tokenclean_segments"
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass
-class BaseConfig:
-    """The base model and how to load it.
-
-    Args:
-        name: local path or hub name of a causal LM of transformers.
-        tokenizer: path or name of its tokenizer, if that lives elsewhere.
-        revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory. ``auto``: float32 on a CPU; on a GPU bfloat16 under LoRA
-            and float32 when all weights are trained (mixed precision does the rest).
-        trust_remote_code: run Python code that comes with the model.
-        load_in_4bit: NF4 weights through bitsandbytes (``pip install tokenclean[4bit]``); GPU and
-            LoRA only.
-        layout: ``packed`` rows without padding, ``padded`` batches, or ``auto``: packed wherever a
-            probe shows that the model computes the same with it.
-    """
-
-    name: str
-    tokenizer: str | None = None
-    revision: str | None = None
-    dtype: DTypeName = "auto"
-    trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    layout: Literal["auto", "packed", "padded"] = "auto"
-
-
-@dataclass
-class LoraSettings:
-    """LoRA as in the paper (arXiv 2502.01968, D.3).
-
-    Args:
-        r: rank.
-        alpha: scaling factor; updates are scaled by alpha / r.
-        dropout: on the adapter's input.
-        target_modules: names of the linear modules that get an adapter.
-    """
-
-    r: int = 64
-    alpha: int = 16
-    dropout: float = 0.1
-    target_modules: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ]
-    )
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r: {self.r} is not a rank; use null for full fine-tuning")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout: {self.dropout} is not in [0, 1)")
-
-
-def load_tokenizer(base: BaseConfig) -> Any:
-    """The tokenizer of a base model.
-
-    Raises:
-        ValueError: naming the path if there is none to be had.
-    """
-    name = base.tokenizer or base.name
-    _check_local(name, "model.base.tokenizer" if base.tokenizer else "model.base.name")
-    try:
-        return AutoTokenizer.from_pretrained(
-            name,
-            revision=None if base.tokenizer else base.revision,
-            trust_remote_code=base.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
-
-
-def load_config(base: BaseConfig) -> Any:
-    """The model's own configuration, without its weights."""
-    _check_local(base.name, "model.base.name")
-    try:
-        return AutoConfig.from_pretrained(
-            base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.base.name: {base.name} could not be loaded: {error}") from error
-
-
-def _check_local(name: str, option: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise ValueError(f"{option}: {name} does not exist")
-
-
-def check_base(base: BaseConfig, tokenizer: Any, max_length: int) -> None:
-    """Refuse what cannot work before any weight is read.
-
-    Raises:
-        ValueError: if ``max_length`` exceeds the model's context, the tokenizer has ids that the
-            model has no embedding for or other ids than the model's own, or 4-bit loading is asked
-            for where it cannot be had.
-    """
-    config = load_config(base).get_text_config()
-    _check_vocabulary(base, config, tokenizer)
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise ValueError(
-            f"data.max_length: {max_length} exceeds the context of {base.name}, {context}; "
-            f"pass --data.max_length {context} or less"
-        )
-    # Only ids that a text can come to contain matter; a pad token beyond them is never used.
-    largest = max(
-        (i for t, i in tokenizer.get_vocab().items() if t != tokenizer.pad_token), default=0
-    )
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"model.base.tokenizer: token id {largest} has no embedding in {base.name}, whose "
-            f"vocabulary has {config.vocab_size} entries"
-        )
-    if base.load_in_4bit:
-        if not torch.cuda.is_available():
-            raise ValueError("model.base.load_in_4bit: needs a GPU")
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                "model.base.load_in_4bit: needs bitsandbytes; pip install 'tokenclean[4bit]'"
-            ) from error
-
-
-def _check_vocabulary(base: BaseConfig, config: Any, tokenizer: Any) -> None:
-    """A model run on another model's tokens must mean the same by every id."""
-    if base.tokenizer is not None:
-        try:
-            own = load_tokenizer(replace(base, tokenizer=None))
-        except ValueError:
-            log.warning("%s has no tokenizer of its own to compare ids with", base.name)
-        else:
-            ours, theirs = vocabulary_hash(tokenizer), vocabulary_hash(own)
-            if ours != theirs:
-                raise ValueError(
-                    f"model.base.tokenizer: {base.tokenizer} (vocabulary {ours}) gives other ids "
-                    f"to tokens than {base.name} was trained with (vocabulary {theirs})"
-                )
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer.eos_token_id not in ends:
-        log.warning(
-            "%s ends its own texts with token id(s) %s; responses end with the tokenizer's %d",
-            base.name,
-            ends,
-            tokenizer.eos_token_id,
-        )
 
 
 class Network(nn.Module):
@@ -520,37 +357,12 @@ class Network(nn.Module):
     def save_last_adapter(self, folder: Path) -> None:
         """The newest adapter alone, in PEFT's format: one round of a run."""
         name = self.stack[-1]
-        _write_adapter(folder, self._peft[0].peft_config[name], self._adapter_state(name))
+        write_adapter(folder, self._peft[0].peft_config[name], self._adapter_state(name))
 
     def save_stack(self, folder: Path) -> None:
-        """The whole stack as one adapter that `PeftModel.from_pretrained` loads.
-
-        Ranks are concatenated: B = [B_1 ... B_m], A = [A_1; ...; A_m], r and alpha both summed, so
-        that alpha / r, and with it every delta, is unchanged.
-        """
-        peft = self._peft[0]
-        configs = [peft.peft_config[name] for name in self.stack]
-        scales = {c.lora_alpha / c.r for c in configs}
-        states = [self._adapter_state(name) for name in self.stack]
-        scale = configs[0].lora_alpha / configs[0].r
-        merged: dict[str, Tensor] = {}
-        for key in sorted({k for state in states for k in state}):
-            parts = _parts(key, states, [c.r for c in configs])
-            if ".lora_B." in key:
-                if len(scales) > 1:
-                    # Adapters of other scales join at the first one's alpha / r.
-                    parts = [
-                        p * (c.lora_alpha / c.r / scale)
-                        for p, c in zip(parts, configs, strict=True)
-                    ]
-                merged[key] = torch.cat(parts, dim=1)
-            else:
-                merged[key] = torch.cat(parts, dim=0)
-        rank = sum(c.r for c in configs)
-        config = replace(configs[0], r=rank, lora_alpha=_whole(scale * rank))
-        if all(isinstance(c.target_modules, set) for c in configs):
-            config.target_modules = set().union(*(c.target_modules for c in configs))
-        _write_adapter(folder, config, merged)
+        """The whole stack as one adapter that `PeftModel.from_pretrained` loads."""
+        configs = [self._peft[0].peft_config[name] for name in self.stack]
+        write_adapter(folder, *join_adapters(configs, [self._adapter_state(n) for n in self.stack]))
 
     def save_merged(self, folder: Path, tokenizer: Any) -> None:
         """Base plus stack as one ordinary model, which `AutoModelForCausalLM` loads.
@@ -587,18 +399,6 @@ class Network(nn.Module):
         return {k: v.detach().cpu().contiguous() for k, v in sorted(state.items())}
 
 
-TRAINED_IDS = "trained_ids.json"
-
-
-def trained_ids(folder: Path) -> list[str]:
-    """Ids of the samples an adapter (with all it stands on) was trained on; [] if unknown."""
-    path = folder / TRAINED_IDS
-    if not path.is_file():
-        return []
-    ids: list[str] = json.loads(path.read_text(encoding="utf-8"))
-    return ids
-
-
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -606,94 +406,3 @@ def _hash_tensors(tensors: dict[str, Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _parts(key: str, states: list[dict[str, Tensor]], ranks: list[int]) -> list[Tensor]:
-    """One tensor of every adapter; zeros from an adapter that leaves this module alone."""
-    there = next(state[key] for state in states if key in state)
-    parts = []
-    for state, rank in zip(states, ranks, strict=True):
-        shape = (len(there), rank) if ".lora_B." in key else (rank, there.shape[1])
-        parts.append(state.get(key, there.new_zeros(shape)))
-    return parts
-
-
-def _whole(value: float) -> int | float:
-    return round(value) if abs(value - round(value)) < 1e-9 else value
-
-
-def _write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    inference, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = inference
-    # peft writes the module names in hash order; sorted, equal adapters are equal files.
-    path = folder / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(written.get("target_modules"), list):
-        written["target_modules"].sort()
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse what is not a plain LoRA adapter, before any weight is read.
-
-    Raises:
-        ValueError: naming what it is instead; only B A updates of linear modules add up exactly.
-    """
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
-    unlike = {"use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"}
-    found = sorted(option for option in unlike if config.get(option))
-    if config.get("bias", "none") != "none":
-        found.append("bias")
-    if found:
-        raise ValueError(
-            f"model.adapters: {folder} is not plain LoRA ({', '.join(found)}); merge it into its "
-            "base and give the result as model.base.name"
-        )
-
-
-def adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter."""
-    return load_file(str(folder / "adapter_model.safetensors"))
-
-
-def _segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    segments: list[int] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sample; neighbours of equal length run as one batch.
-
-    Shapes: query (1, heads, T, D), key and value (1, kv heads, T, D); result (1, T, heads, D).
-    Without ``segments`` it is transformers' own SDPA attention.
-    """
-    if segments is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
-    runs = [(length, sum(1 for _ in run)) for length, run in groupby(segments)]
-    # One split per tensor: its gradient is one concatenation, where slices would each be padded
-    # with zeros to the whole row.
-    sizes = [length * count for length, count in runs]
-    split = (x[0].split(sizes, dim=1) for x in (query, key, value))
-    parts = []
-    for (length, count), *qkv in zip(runs, *split, strict=True):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
-        output, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
-        parts.append(output.flatten(0, 1))
-    return torch.cat(parts)[None], None
-
-
-AttentionInterface.register(SEGMENTS, _segment_attention)
-# Calls that carry no segments (generation, an evaluation harness) get SDPA's ordinary masks.
-AttentionMaskInterface.register(SEGMENTS, sdpa_mask)

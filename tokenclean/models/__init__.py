@@ -1,0 +1,24 @@
+"""Every call into transformers and peft: load, adapt, stack, run, publish."""
+
+from tokenclean.models.adapters import (
+    TRAINED_IDS,
+    LoraSettings,
+    adapter_tensors,
+    check_adapter_folder,
+    trained_ids,
+)
+from tokenclean.models.loading import BaseConfig, check_base, load_config, load_tokenizer
+from tokenclean.models.network import Network
+
+__all__ = [
+    "TRAINED_IDS",
+    "BaseConfig",
+    "LoraSettings",
+    "Network",
+    "adapter_tensors",
+    "check_adapter_folder",
+    "check_base",
+    "load_config",
+    "load_tokenizer",
+    "trained_ids",
+]

@@ -1,0 +1,143 @@
+"""LoRA adapters: settings, folders on disk, and a stack of them joined into one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+#: beside an adapter (or a fully fine-tuned model): ids of the samples it was trained on
+TRAINED_IDS = "trained_ids.json"
+
+
+@dataclass
+class LoraSettings:
+    """LoRA as in the paper (arXiv 2502.01968, D.3).
+
+    Args:
+        r: rank.
+        alpha: scaling factor; updates are scaled by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: names of the linear modules that get an adapter.
+    """
+
+    r: int = 64
+    alpha: int = 16
+    dropout: float = 0.1
+    target_modules: list[str] = field(
+        default_factory=lambda: [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ]
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r: {self.r} is not a rank; use null for full fine-tuning")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout: {self.dropout} is not in [0, 1)")
+
+
+def trained_ids(folder: Path) -> list[str]:
+    """Ids of the samples an adapter (with all it stands on) was trained on; [] if unknown."""
+    path = folder / TRAINED_IDS
+    if not path.is_file():
+        return []
+    ids: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return ids
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse what is not a plain LoRA adapter, before any weight is read.
+
+    Raises:
+        ValueError: naming what it is instead; only B A updates of linear modules add up exactly.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
+    unlike = {"use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"}
+    found = sorted(option for option in unlike if config.get(option))
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if found:
+        raise ValueError(
+            f"model.adapters: {folder} is not plain LoRA ({', '.join(found)}); merge it into its "
+            "base and give the result as model.base.name"
+        )
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter."""
+    return load_file(str(folder / "adapter_model.safetensors"))
+
+
+def write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
+    """Write an adapter in PEFT's format; equal adapters become equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference
+    # peft writes the module names in hash order
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(written.get("target_modules"), list):
+        written["target_modules"].sort()
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def join_adapters(
+    configs: list[LoraConfig], states: list[dict[str, Tensor]]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A stack of adapters as one.
+
+    Ranks are concatenated: B = [B_1 ... B_m], A = [A_1; ...; A_m], r and alpha both summed, so that
+    alpha / r, and with it every delta, is unchanged. An adapter of another alpha / r joins at the
+    first one's.
+    """
+    scale = configs[0].lora_alpha / configs[0].r
+    joined: dict[str, Tensor] = {}
+    for key in sorted({k for state in states for k in state}):
+        parts = _parts(key, states, [c.r for c in configs])
+        if ".lora_B." in key:
+            ratios = [c.lora_alpha / c.r / scale for c in configs]
+            parts = [p if q == 1.0 else p * q for p, q in zip(parts, ratios, strict=True)]
+            joined[key] = torch.cat(parts, dim=1)
+        else:
+            joined[key] = torch.cat(parts, dim=0)
+    rank = sum(c.r for c in configs)
+    config = replace(configs[0], r=rank, lora_alpha=_whole(scale * rank))  # type: ignore[arg-type]
+    targets: list[Any] = [c.target_modules for c in configs]
+    if all(isinstance(names, set) for names in targets):
+        # peft keeps the names as a set, whatever its annotation says
+        config.target_modules = set().union(*targets)  # type: ignore[assignment]
+    return config, joined
+
+
+def _parts(key: str, states: list[dict[str, Tensor]], ranks: list[int]) -> list[Tensor]:
+    """One tensor of every adapter; zeros from an adapter that leaves this module alone."""
+    there = next(state[key] for state in states if key in state)
+    parts = []
+    for state, rank in zip(states, ranks, strict=True):
+        shape = (len(there), rank) if ".lora_B." in key else (rank, there.shape[1])
+        parts.append(state.get(key, there.new_zeros(shape)))
+    return parts
+
+
+def _whole(value: float) -> int | float:
+    return round(value) if abs(value - round(value)) < 1e-9 else value

@@ -1,0 +1,138 @@
+"""The base model: how to name it, its tokenizer, and what is refused before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from tokenclean.data.template import vocabulary_hash
+
+log = logging.getLogger(__name__)
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class BaseConfig:
+    """The base model and how to load it.
+
+    Args:
+        name: local path or hub name of a causal LM of transformers.
+        tokenizer: path or name of its tokenizer, if that lives elsewhere.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights in memory. ``auto``: float32 on a CPU; on a GPU bfloat16 under LoRA
+            and float32 when all weights are trained (mixed precision does the rest).
+        trust_remote_code: run Python code that comes with the model.
+        load_in_4bit: NF4 weights through bitsandbytes (``pip install tokenclean[4bit]``); GPU and
+            LoRA only.
+        layout: ``packed`` rows without padding, ``padded`` batches, or ``auto``: packed wherever a
+            probe shows that the model computes the same with it.
+    """
+
+    name: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: DTypeName = "auto"
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    layout: Literal["auto", "packed", "padded"] = "auto"
+
+
+def load_tokenizer(base: BaseConfig) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        ValueError: naming the path if there is none to be had.
+    """
+    name = base.tokenizer or base.name
+    _check_local(name, "model.base.tokenizer" if base.tokenizer else "model.base.name")
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=None if base.tokenizer else base.revision,
+            trust_remote_code=base.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+
+
+def load_config(base: BaseConfig) -> Any:
+    """The model's own configuration, without its weights."""
+    _check_local(base.name, "model.base.name")
+    try:
+        return AutoConfig.from_pretrained(
+            base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.base.name: {base.name} could not be loaded: {error}") from error
+
+
+def _check_local(name: str, option: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"{option}: {name} does not exist")
+
+
+def check_base(base: BaseConfig, tokenizer: Any, max_length: int) -> None:
+    """Refuse what cannot work before any weight is read.
+
+    Raises:
+        ValueError: if ``max_length`` exceeds the model's context, the tokenizer has ids that the
+            model has no embedding for or other ids than the model's own, or 4-bit loading is asked
+            for where it cannot be had.
+    """
+    config = load_config(base).get_text_config()
+    _check_vocabulary(base, config, tokenizer)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ValueError(
+            f"data.max_length: {max_length} exceeds the context of {base.name}, {context}; "
+            f"pass --data.max_length {context} or less"
+        )
+    # Only ids that a text can come to contain matter; a pad token beyond them is never used.
+    largest = max(
+        (i for t, i in tokenizer.get_vocab().items() if t != tokenizer.pad_token), default=0
+    )
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"model.base.tokenizer: token id {largest} has no embedding in {base.name}, whose "
+            f"vocabulary has {config.vocab_size} entries"
+        )
+    if base.load_in_4bit:
+        if not torch.cuda.is_available():
+            raise ValueError("model.base.load_in_4bit: needs a GPU")
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "model.base.load_in_4bit: needs bitsandbytes; pip install 'tokenclean[4bit]'"
+            ) from error
+
+
+def _check_vocabulary(base: BaseConfig, config: Any, tokenizer: Any) -> None:
+    """A model run on another model's tokens must mean the same by every id."""
+    if base.tokenizer is not None:
+        try:
+            own = load_tokenizer(replace(base, tokenizer=None))
+        except ValueError:
+            log.warning("%s has no tokenizer of its own to compare ids with", base.name)
+        else:
+            ours, theirs = vocabulary_hash(tokenizer), vocabulary_hash(own)
+            if ours != theirs:
+                raise ValueError(
+                    f"model.base.tokenizer: {base.tokenizer} (vocabulary {ours}) gives other ids "
+                    f"to tokens than {base.name} was trained with (vocabulary {theirs})"
+                )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in ends:
+        log.warning(
+            "%s ends its own texts with token id(s) %s; responses end with the tokenizer's %d",
+            base.name,
+            ends,
+            tokenizer.eos_token_id,
+        )

@@ -398,7 +398,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*LightningCLI's args parameter is intended.*",
-        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*gradient_checkpointing.* is deprecated.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",

@@ -128,6 +128,23 @@ def test_scoring_sees_every_target_once_on_any_number_of_processes(
     assert found[1] == {i: pool.input_ids[i][pool.response_mask[i]].tolist() for i in range(40)}
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_process_scores_as_many_batches_as_the_others(
+    world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three one-row batches over up to seven processes: nobody is left without a batch."""
+    rows = [conversation("q" * i, "r") for i in (1, 9, 17)]
+    module = ready(write_jsonl(tmp_path / "f.jsonl", rows), tmp_path, token_budget=1)
+    counts, seen = [], []
+    for rank in range(world):
+        monkeypatch.setattr(module, "_place", lambda r=rank: (r, world))
+        batches = list(module.scoring_loader(TokenRows(module.pool)))
+        counts.append(len(batches))
+        seen += [row for batch in batches for row in batch.rows]
+    assert len(set(counts)) == 1
+    assert sorted(seen) == [0, 1, 2]
+
+
 # -- training -----------------------------------------------------------------------------------
 
 

@@ -289,6 +289,9 @@ class TuluDataModule(LightningDataModule):
         """Length-sorted batches of at most ``token_budget`` tokens; this rank's share of them."""
         plan = plan_batches(rows.lengths, self.token_budget, self.layout)
         rank, world = self._place()
+        # Every process gets as many batches as the others, some of them empty: a process without
+        # any would be refused or fall out of step.
+        plan += [np.zeros(0, dtype=np.int64)] * (-len(plan) % world)
         mine = _PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
         return DataLoader(mine, batch_size=None)
 

@@ -104,6 +104,8 @@ class Network(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of every target of a batch: float32, shape (N,)."""
+        if not batch.rows:
+            return torch.zeros(0, device=batch.input_ids.device)
         return token_nll(self.hidden(batch), self.head, batch.targets)
 
     def greedy(self, batch: Batch) -> Tensor:

@@ -239,7 +239,8 @@ class CleanedSFTModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean loss over all response tokens of the validation pool."""
         assert self.network is not None
-        self.validation_nll.update(self.network(batch).double().mean(), len(batch.targets))
+        if batch.rows:
+            self.validation_nll.update(self.network(batch).double().mean(), len(batch.targets))
 
     def on_validation_epoch_end(self) -> None:
         self.log("validation/loss", self.validation_nll, prog_bar=True)

@@ -114,6 +114,8 @@ class TestErrorsBeforeAnyModelLoads:
             (["--selection.rule", "best"], ["selection.rule", "best"]),
             (["--data.path", "/no/such/file.jsonl"], ["data.path", "/no/such/file.jsonl"]),
             (["--data.path", "nowhere.jsonl"], ["data.path", "nowhere.jsonl"]),
+            (["--data.path", "nobody/no_such_data"], ["data.path", "nobody/no_such_data"]),
+            (["--model.base.name", "nobody/no_model"], ["model.base.name", "nobody/no_model"]),
             (["--data.test_path", "no.jsonl"], ["data.test_path", "no.jsonl"]),
             (["--model.base.name", "/no/model"], ["model.base.name", "/no/model"]),
             (["--model.base.tokenizer", "/no/tok"], ["model.base.tokenizer", "/no/tok"]),

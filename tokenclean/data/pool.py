@@ -145,7 +145,13 @@ def data_fingerprint(reader: Reader) -> str:
         if not Path(name).exists():
             import datasets
 
-            builder = datasets.load_dataset_builder(name)
+            try:
+                builder = datasets.load_dataset_builder(name)
+            except Exception as error:
+                raise ValueError(
+                    f"data.path: {name} is no local path and could not be loaded from the hub: "
+                    f"{error}"
+                ) from error
             digest.update(f"{name}@{builder.hash}@{reader.split}".encode())
         elif is_datasets_folder(Path(name)):
             digest.update(Path(name).stem.encode())  # the folder's, not that of its shards

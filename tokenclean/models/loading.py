@@ -50,7 +50,8 @@ def load_tokenizer(base: BaseConfig) -> Any:
         ValueError: naming the path if there is none to be had.
     """
     name = base.tokenizer or base.name
-    _check_local(name, "model.base.tokenizer" if base.tokenizer else "model.base.name")
+    option = "model.base.tokenizer" if base.tokenizer else "model.base.name"
+    _check_local(name, option)
     try:
         return AutoTokenizer.from_pretrained(
             name,
@@ -58,7 +59,7 @@ def load_tokenizer(base: BaseConfig) -> Any:
             trust_remote_code=base.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+        raise ValueError(f"{option}: no tokenizer could be loaded from {name}: {error}") from error
 
 
 def load_config(base: BaseConfig) -> Any:

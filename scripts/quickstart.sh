@@ -12,7 +12,7 @@ cd "$root"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 started=$(date +%s)
-"$python" -m tokenclean.data.planted --out outputs/planted_small --samples 1600
+"$python" -m tokenclean.data.planted --out outputs/planted_small --samples 1200
 "$python" -m tokenclean clean \
     -c configs/model/planted.yaml -c configs/data/planted_small.yaml -c configs/fit/planted.yaml \
     -c configs/clean/planted.yaml -c configs/clean/quickstart.yaml --name quickstart "$@"

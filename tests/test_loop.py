@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import conversation, write_jsonl
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tokenclean import commands
@@ -291,6 +292,27 @@ def test_full_fine_tuning_in_the_loop(tmp_path: Path, model_folder: Path) -> Non
     assert Network(model).fingerprint() != base
     # theta_0 itself was not touched: a fresh load has the fingerprint that scored the base table
     assert Network.load(BaseConfig(name=str(model_folder))).fingerprint() == base
+
+
+@pytest.mark.parametrize("lora", ["null", '{"r": 4, "alpha": 8, "dropout": 0.0}'])
+def test_an_arm_does_not_depend_on_the_arms_before_it(
+    lora: str, tmp_path: Path, model_folder: Path
+) -> None:
+    """Every arm starts from theta_0, whatever an earlier one left in memory."""
+    data = planted_file(tmp_path)
+    options = ("--model.lora", lora)
+    full = {"full": {"schedule": "fixed_model", "rule": "full"}}
+    # The same labels by another way, with a warm-up model in memory just before.
+    everything = {"everything": {"schedule": "fixed_model", "keep": 1.0}}
+    alone = run(tmp_path / "alone", model_folder, data, *options, arms=full)
+    late = run(
+        tmp_path / "late", model_folder, data, *options, arms={**SHORT, **full, **everything}
+    )
+    name = "model" if lora == "null" else "adapter_model"
+    folders = [alone / "arms/full", late / "arms/full", late / "arms/everything"]
+    first, *others = (load_file(str(f / "adapter" / f"{name}.safetensors")) for f in folders)
+    for other in others:
+        assert all(torch.equal(first[k], other[k]) for k in first)
 
 
 def test_the_reference_is_base_plus_stack(finished: Path, model_folder: Path) -> None:

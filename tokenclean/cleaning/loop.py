@@ -159,6 +159,8 @@ class CleaningLoop:
             raise ValueError("loop.score_base: previous needs LoRA rounds, not full fine-tuning")
         self._device = make_trainer(logger=False).strategy.root_device
         self._network: Network | None = None
+        # Full fine-tuning changes the weights in place: theta_0 must then be read again.
+        self._holds_base = True
         stored = folder / TIMES
         self._seconds: dict[str, float] = (
             json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
@@ -223,12 +225,11 @@ class CleaningLoop:
         return self._network
 
     def _at_base(self) -> Network:
-        if self.full_tuning:
-            # Training changes the weights in place, so theta_0 has to be read again.
-            if self._network is not None and self._network.training_full:
-                self._network = None
-        else:
+        if self.full_tuning and not self._holds_base:
+            self._network = None
+        if not self.full_tuning:
             self.network.drop_adapters()
+        self._holds_base = True
         return self.network
 
     def _at(self, folders: list[Path]) -> Network:
@@ -237,6 +238,7 @@ class CleaningLoop:
             if folders:
                 base = replace(self.template.base, name=str(folders[-1]), tokenizer=None)
                 self._network = Network.load(base, self._device, full=True)
+                self._holds_base = False
                 return self._network
             return self._at_base()
         network = self._at_base()
@@ -317,6 +319,7 @@ class CleaningLoop:
         The seed depends on the round alone: arms differ in what they train on, nothing else.
         """
         network = self.network
+        self._holds_base = False
         seed_everything(self.seed + round_number, verbose=False)
         module = self.make_module()
         module.network, module.learning_rate = network, learning_rate

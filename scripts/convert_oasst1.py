@@ -25,10 +25,14 @@ def main() -> None:
     if not args.release.is_file():
         raise SystemExit(f"{args.release} does not exist")
     count = 0
-    with args.output.open("w", encoding="utf-8") as file:
-        for row in conversations(read_trees(args.release), args.language, args.best_only):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
+    try:
+        with args.output.open("w", encoding="utf-8") as file:
+            for row in conversations(read_trees(args.release), args.language, args.best_only):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+    except ValueError as error:
+        args.output.unlink()
+        raise SystemExit(f"error: {error}") from None
     print(f"{count} conversations written to {args.output}")
 
 

@@ -16,4 +16,12 @@ started=$(date +%s)
 "$python" -m tokenclean clean \
     -c configs/model/planted.yaml -c configs/data/planted_small.yaml -c configs/fit/planted.yaml \
     -c configs/clean/planted.yaml -c configs/clean/quickstart.yaml --name quickstart "$@"
+cat <<'E'
+
+How to read this: ORACLE trains on the planted truth, FULL on every token, RESTART_FULL on every token
+in the rounds of SELF_EVOLVING. Where the base already knows the answers (capital, craft, export), the
+published score ranks corrupted answers highest, and SELF_EVOLVING loses what the base knew. That is a
+property of the method on this pool, not a failed run: the README's "What to expect" has all arms over
+three seeds.
+E
 echo "quickstart: $(($(date +%s) - started)) s after installation; everything is in outputs/quickstart"

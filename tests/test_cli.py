@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import tokenclean
-from tokenclean import cli
+from tokenclean import cli, commands
 from tokenclean.models import Network
+
+ROOT = Path(__file__).parent.parent
 
 
 def call(*args: str) -> subprocess.CompletedProcess[str]:
@@ -83,6 +86,59 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
+
+
+class Sigterm(SystemExit):
+    """Stands for Lightning's SIGTERMException, by its name."""
+
+
+Sigterm.__name__ = "SIGTERMException"
+
+
+@pytest.mark.parametrize(
+    ("swallowed", "code"), [(Sigterm(), 143), (SystemExit(1), 130), (KeyboardInterrupt(), 130)]
+)
+def test_a_signal_never_looks_like_success(
+    swallowed: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(_: list[str]) -> None:
+        raise swallowed
+
+    monkeypatch.setattr(commands, "fit", stopped)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit"])
+    assert stop.value.code == code
+    assert "goes on where it stopped" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_of_training(tmp_path: Path, model_folder: Path) -> None:
+    """A real process, a real signal: not success, and the same command finishes the run."""
+    rows = [conversation(f"Say {i}.", f"It is {i}.", id=f"s{i}") for i in range(400)]
+    data = write_jsonl(tmp_path / "pool.jsonl", rows)
+    command = [
+        *(sys.executable, "-m", "tokenclean", "fit", "--model.base.name", str(model_folder)),
+        *("--data.path", str(data), "--data.max_length", "64", "--data.batch_size", "1"),
+        *("--data.cache_dir", str(tmp_path / "cache"), "--outputs", str(tmp_path)),
+        *("--name", "run", "--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not list(tmp_path.glob("run/tensorboard/events*")) and time.monotonic() - started < 120:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "goes on where it stopped" in error
+    assert not (tmp_path / "run" / "adapter").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("no_model")
@@ -192,6 +248,23 @@ class TestErrorsBeforeAnyModelLoads:
             fails(capsys, "fit", *common, "-c", str(path))
         assert not witness.exists()
 
+    def test_two_files_that_give_arms(
+        self, common: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Dictionaries of later files replace those of earlier ones: an arm would be lost."""
+        files = [str(ROOT / "configs" / "clean" / f"{arm}.yaml") for arm in ("full", "random")]
+        error = fails(capsys, "clean", *common, "-c", files[0], "-c", files[1])
+        assert "loop.arms" in error and all(file in error for file in files)
+
+    def test_a_refused_run_does_not_lock_its_folder(
+        self, tmp_path: Path, common: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_jsonl(tmp_path / "bad.jsonl", ["{broken"])
+        options = [*common, "--data.path", str(path), "--name", "once"]
+        fails(capsys, "score", *options)
+        error = fails(capsys, "score", *options, "--data.on_bad_line", "skip")
+        assert "another configuration" not in error and "no sample at all" in error
+
     def test_select_without_tables(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--base and --reference" in fails(capsys, "select")
         assert "--base" in fails(capsys, "select", "--base", "/no/table")
@@ -297,6 +370,29 @@ def test_the_same_table_twice_is_refused(stages: Path, capsys: pytest.CaptureFix
     tables = ["--base", str(stages / "base"), "--reference", str(stages / "base")]
     error = fails(capsys, "select", *tables, "--outputs", str(stages), "--name", "twice")
     assert "every score would be zero" in error
+
+
+def test_swapped_tables_are_refused(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = ["--base", str(stages / "reference"), "--reference", str(stages / "base")]
+    error = fails(capsys, "select", *tables, "--outputs", str(stages), "--name", "swapped")
+    assert "look swapped" in error
+
+
+def test_a_run_folder_stands_for_what_it_holds(stages: Path, model_folder: Path) -> None:
+    """`outputs/selected` for its cleaned pool, `outputs/warmup` for its adapter."""
+    base = ["--model.base.name", str(model_folder), "--outputs", str(stages)]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    adapter = ["--model.adapters", str(stages / "warmup"), "--trainer.max_steps", "1"]
+    data = ["--data.path", str(stages / "selected"), "--data.cache_dir", str(stages / "cache")]
+    cli.main(["fit", *base, *quiet, *adapter, *data, "--name", "on-top"])
+    config = json.loads((stages / "on-top" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 + 64  # the warm-up's and the default
+
+
+def test_weight_files_are_as_readable_as_the_rest(stages: Path) -> None:
+    folder = stages / "final" / "adapter"
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_finished_run_is_not_repeated(

@@ -174,6 +174,12 @@ def test_the_published_adapter_is_the_stack_of_the_rounds(
     torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
 
 
+def test_every_arm_has_an_adapter_that_peft_loads(finished: Path, model_folder: Path) -> None:
+    for arm in ARMS:
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        PeftModel.from_pretrained(base, finished / "arms" / arm / "adapter")
+
+
 def test_arms_learn_something_different(finished: Path) -> None:
     tensors = {
         arm: adapter_tensors(finished / "arms" / arm / "adapter")
@@ -192,6 +198,9 @@ def test_the_results_table_names_every_arm_and_measure(finished: Path) -> None:
         assert word in text
     results = {r["name"]: r for r in json.loads((finished / "results.json").read_text())}
     assert set(results) == {"base", *ARMS}
+    # D_0 is not cleaned, so it does not count: int(n * 0.6) of each round, none of its tokens.
+    assert 0.55 < results["self_evolving"]["kept_share"] <= 0.6
+    assert results["restart_full"]["kept_share"] == 1.0
     assert results["oracle"]["mask"]["all"]["precision"] == 1.0
     assert results["oracle"]["mask"]["all"]["recall"] == 1.0
     assert results["full"]["mask"]["all"]["recall"] == 1.0

@@ -56,8 +56,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"tokenclean {verb}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(
-            f"tokenclean {verb}: stopped; the same command goes on where it stopped",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+        raise _stopped(verb, 130) from None
+    except SystemExit as stop:
+        # Inside a Trainer, Lightning turns SIGTERM into a clean exit and Ctrl-C into a bare 1.
+        # Half a run must not look like a whole one to whoever waits for it.
+        if type(stop).__name__ == "SIGTERMException":
+            raise _stopped(verb, 143) from None
+        if stop.code == 1:
+            raise _stopped(verb, 130) from None
+        raise
+
+
+def _stopped(verb: str, code: int) -> SystemExit:
+    print(f"tokenclean {verb}: stopped; the same command goes on where it stopped", file=sys.stderr)
+    return SystemExit(code)

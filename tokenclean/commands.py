@@ -87,6 +87,7 @@ class _Cli(LightningCLI):
                 "enable_model_summary": False,
                 "precision": precision,
                 "max_epochs": 1,
+                "log_every_n_steps": 1,
             },
         )
 
@@ -97,6 +98,7 @@ class _Cli(LightningCLI):
             parser.add_class_arguments(LoopConfig, "loop")
 
     def before_instantiate_classes(self) -> None:
+        _check_arms([str(file) for file in self.config.get("config") or []])
         self.plain = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
         self.folder = _folder(self.config, self.plain, self.verb)
 
@@ -143,7 +145,7 @@ def fit(argv: list[str]) -> None:
     if not any(isinstance(c, ModelCheckpoint) and c.dirpath for c in _callbacks(trainer)):
         for callback in _callbacks(trainer):
             if isinstance(callback, ModelCheckpoint):
-                callback.dirpath, callback.save_last = str(checkpoints), True
+                callback.dirpath, callback.save_last = str(checkpoints), "link"
     last = checkpoints / "last.ckpt"
     with log_to(cli.folder):
         trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
@@ -263,11 +265,19 @@ def select(argv: list[str]) -> None:
         raise ValueError(
             f"selection.rule: {settings.rule} needs two score tables; give --base and --reference"
         )
-    pool_folder = config.pool or next((t.manifest["pool_folder"] for t in tables.values()), None)
-    if pool_folder is None:
-        raise ValueError("--pool: give the token pool, since no score table names one")
-    pool = TokenPool(Path(pool_folder))
     base, reference = tables.get("base"), tables.get("reference")
+    if len({table.manifest["pool"] for table in tables.values()}) > 1:
+        raise ValueError(
+            "--base and --reference hold scores of different pools (fingerprints "
+            f"{' and '.join(t.manifest['pool'] for t in tables.values())})"
+        )
+    given = config.pool or next((t.manifest["pool_folder"] for t in tables.values()), None)
+    if given is None:
+        raise ValueError("--pool: give the token pool, since no score table names one")
+    pool_folder = Path(given)
+    if (pool_folder / "train" / MANIFEST).is_file():
+        pool_folder = pool_folder / "train"
+    pool = TokenPool(pool_folder)
     rows = next(iter(tables.values())).rows if tables else _all_rows(pool)
     if base is not None and reference is not None and list(base.rows) != list(reference.rows):
         raise ValueError(
@@ -337,6 +347,20 @@ def clean(argv: list[str]) -> None:
     results = summary.pop("results")
     print("\n" + results_markdown(results))
     write_summary(cli.folder, summary)
+
+
+def _check_arms(files: list[str]) -> None:
+    """Refuse two files that both give arms: the last one's would silently be the only ones."""
+    giving = [f for f in files if "arms" in ((_read_yaml(f) or {}).get("loop") or {})]
+    if len(giving) > 1:
+        raise ValueError(
+            f"loop.arms: {' and '.join(giving)} both give arms, and only the last one's would be "
+            "run; put the arms you want into one file, as configs/clean/all_arms.yaml does"
+        )
+
+
+def _read_yaml(file: str) -> Any:
+    return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
 
 
 def _add_place(parser: ArgumentParser) -> None:

@@ -44,7 +44,9 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
     """
     text = _plain_text(config)
     stored = folder / CONFIG
-    if stored.is_file():
+    # A run that was refused before it did anything leaves nothing to protect.
+    begun = folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, "log.txt"}
+    if stored.is_file() and begun:
         before = stored.read_text(encoding="utf-8")
         if before != text:
             difference = "\n".join(

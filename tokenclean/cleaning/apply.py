@@ -60,6 +60,11 @@ class ScoredRows:
                     f"{self.base.folder} and {self.reference.folder} were both scored by the model "
                     f"{one}: every score would be zero. Score one of them with the other model"
                 )
+            if one.startswith(f"{other}+"):
+                raise ValueError(
+                    f"--base and --reference look swapped: {self.base.folder} was scored by "
+                    f"{self.reference.folder}'s model with adapters on top"
+                )
         self.counts = self.pool.response_counts()[self.rows]
         self._gathered: dict[str, np.ndarray] | None = None
         seen = self.reference.trained_on() if self.reference is not None else set()

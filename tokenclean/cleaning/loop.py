@@ -62,7 +62,8 @@ class Arm:
             turn: the model after the last round is the reference, and training goes on from it.
         rule: see `SelectionConfig`.
         scope: see `SelectionConfig`.
-        keep: share of response tokens kept; null takes the run's ``selection.keep``.
+        keep: share of response tokens kept; null takes the run's ``selection.keep``, which an
+            arm's own keep overrides.
     """
 
     schedule: Schedule
@@ -80,6 +81,17 @@ class Arm:
         """The run's selection settings with this arm's own put in."""
         keep = run.keep if self.keep is None else self.keep
         return replace(run, rule=self.rule, scope=self.scope, keep=keep)
+
+    def describe(self, run: SelectionConfig) -> str:
+        """One line for the log, with what applies to this arm and nothing else."""
+        if self.schedule == "warmup":
+            return "every response token of D_0"
+        selection = self.selection(run)
+        text = f"schedule {self.schedule}, rule {self.rule}"
+        if self.rule in ("full", "oracle"):
+            return text
+        own = "" if self.keep is None else " (the arm's own)"
+        return f"{text}, scope {self.scope}, keep {selection.keep}{own}"
 
     @property
     def needs_scores(self) -> bool:
@@ -186,7 +198,7 @@ class CleaningLoop:
         if any(arm.needs_warmup for arm in self.loop.arms.values()):
             self._warm_up(parts[0])
         for name, arm in self.loop.arms.items():
-            log.info("arm %s: %s", name, arm)
+            log.info("arm %s: %s", name, arm.describe(self.selection))
             results.append(self._arm(name, arm, parts))
             write_results(self.folder, results)
         write_results(self.folder, results)
@@ -304,6 +316,8 @@ class CleaningLoop:
                 trainer.predict(module, loader, return_predictions=False)
                 stop_if_interrupted(trainer)
             log.info("scored %d samples into %s", len(rows), folder)
+        else:
+            log.info("%s is there already", folder)
         return ScoreTable(folder)
 
     def _train(
@@ -354,7 +368,10 @@ class CleaningLoop:
         folder = self.folder / "arms" / name
         folder.mkdir(parents=True, exist_ok=True)
         if arm.schedule == "warmup":
-            return self._evaluated(name, folder, [self.folder / "warmup" / "adapter"])
+            adapter = self.folder / "warmup" / "adapter"
+            if not _is_trained(folder):
+                (folder / "adapter").symlink_to(Path("..", "..", "warmup", "adapter"))
+            return self._evaluated(name, folder, [adapter])
         selection = arm.selection(self.selection)
         if arm.schedule == "fixed_model":
             adapters = [self._fixed(arm, selection, folder)]
@@ -414,6 +431,7 @@ class CleaningLoop:
 
     def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
         if (step / "cleaned" / MANIFEST).is_file():
+            log.info("%s is there already", step / "cleaned")
             return
         step.mkdir(parents=True, exist_ok=True)
         with self._timed("select"):
@@ -495,8 +513,10 @@ class CleaningLoop:
                 loader = self.data.scoring_loader(TokenRows(self.data.validation))
                 result.validation_nll = mean_nll(network, self.data.validation, loader)
             if cleaned is not None:
-                responses, kept = (cleaned.manifest[k] for k in ("response_tokens", "kept_tokens"))
-                result.kept_share = kept / responses
+                # D_0, which is not cleaned, is left out.
+                rounds = cleaned.manifest.get("rounds", [None, cleaned.manifest])[1:]
+                ranked, kept = (sum(r[k] for r in rounds) for k in ("ranked_tokens", "kept_tokens"))
+                result.kept_share = kept / max(ranked, 1)
                 if self.pool.has_truth:
                     result.mask = mask_quality(cleaned)
         if self.template.save_merged and adapters and not self.full_tuning:

@@ -18,7 +18,7 @@ class ArmResult:
 
     Attributes:
         name: the arm, or ``base``.
-        kept_share: kept share of all response tokens it trained on, D_0 included.
+        kept_share: kept share of the tokens it ranked (D_0, which is not cleaned, left out).
         accuracy: source -> test accuracy.
         validation_nll: source -> mean loss per response token of the validation pool, in nats.
         mask: source -> agreement of its mask with the planted truth.
@@ -74,8 +74,13 @@ def results_markdown(results: list[ArmResult]) -> str:
         table = _table(results, lambda r: r.validation_nll, lambda v: f"{v:.3f}")
         parts.append("Validation loss, nats per response token\n\n" + table)
     measures: list[tuple[str, Callable[[MaskQuality], float]]] = [
-        ("AUROC of the score, informative tokens against all others", lambda m: m.auroc),
-        ("AUROC of the score, informative against corrupted", lambda m: m.auroc_corrupted),
+        (
+            "AUROC of the score, informative tokens against all others (0.5 = no better than "
+            "chance, below = worse). Here and below the rows of D_0, which are not cleaned, are "
+            "left out",
+            lambda m: m.auroc,
+        ),
+        ("AUROC of the score, informative against corrupted tokens", lambda m: m.auroc_corrupted),
         ("Precision of the mask: informative share of the kept tokens", lambda m: m.precision),
         ("Recall of the mask: kept share of the informative tokens", lambda m: m.recall),
         ("Kept share of the corrupted tokens", lambda m: m.corrupted_kept),

@@ -166,10 +166,11 @@ class TuluDataModule(LightningDataModule):
 
     @property
     def cleaned_folder(self) -> Path | None:
-        """The cleaned pool that ``path`` names, if it names one."""
-        if len(self.paths) == 1 and is_cleaned_pool(Path(self.paths[0])):
-            return Path(self.paths[0])
-        return None
+        """The cleaned pool that ``path`` names, itself or as the run or arm that holds it."""
+        if len(self.paths) != 1:
+            return None
+        path = Path(self.paths[0])
+        return next((p for p in (path, path / "cleaned") if is_cleaned_pool(p)), None)
 
     # -- pools --------------------------------------------------------------------------------
 
@@ -201,7 +202,9 @@ class TuluDataModule(LightningDataModule):
             if not self._reported:
                 pool = open_pool(folder / "train")
                 log.info("shapes found: %s", pool.manifest["shapes"])
-                log.info("pool %s\n%s", folder, statistics_table(pool))
+                log.info("pool %s\n%s", folder / "train", statistics_table(pool))
+                if (folder / "quarantine.jsonl").is_file():
+                    log.warning("rejected lines are in %s", folder / "quarantine.jsonl")
                 self._reported = True
         for extra in (self.validation_path, self.test_path):
             if extra:

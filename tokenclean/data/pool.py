@@ -252,7 +252,7 @@ class _Stream:
                 "Mend them, or pass --data.on_bad_line skip to put them into quarantine"
             )
         if total:
-            log.warning("%d bad line(s) went to quarantine.jsonl: %s", total, self.rejected)
+            log.warning("%d bad line(s) went to quarantine: %s", total, self.rejected)
         hashes = np.sort(np.frombuffer(self._hashes, dtype=np.uint64))
         doubled = set(hashes[:-1][hashes[:-1] == hashes[1:]].tolist())
         if doubled:
@@ -261,7 +261,8 @@ class _Stream:
             )
             raise BadData(
                 f"{len(names)} id(s) occur more than once, e.g. {', '.join(names[:5])}; "
-                "ids must be unique (leave the id column out to have them made)"
+                "ids must be unique. Name another column with --data.id_column, or one that the "
+                "data lack to have ids made from file and line"
             )
 
 
@@ -332,6 +333,11 @@ class _Split:
             self._flush()
         if self.rows == 0:
             empty = {k: v.without_response for k, v in self.statistics.items()}
+            if not empty:
+                raise BadData(
+                    f"no response token in the {self.folder.name} pool: no sample at all went into "
+                    "it; check data.path and, for a held-out split, data.validation_share"
+                )
             raise BadData(
                 f"no response token in the {self.folder.name} pool: data.path gave "
                 f"{sum(empty.values())} sample(s) without one (per source: {empty}); check the "

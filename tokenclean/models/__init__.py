@@ -3,6 +3,7 @@
 from tokenclean.models.adapters import (
     TRAINED_IDS,
     LoraSettings,
+    adapter_folders,
     adapter_tensors,
     check_adapter_folder,
     trained_ids,
@@ -15,6 +16,7 @@ __all__ = [
     "BaseConfig",
     "LoraSettings",
     "Network",
+    "adapter_folders",
     "adapter_tensors",
     "check_adapter_folder",
     "check_base",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def trained_ids(folder: Path) -> list[str]:
     return ids
 
 
+def adapter_folders(given: str | list[str] | None) -> list[str]:
+    """The adapter folders behind what a user named: folders, or runs and arms that hold one.
+
+    Raises:
+        ValueError: for what is no plain LoRA adapter; see `check_adapter_folder`.
+    """
+    names = [given] if isinstance(given, str) else list(given or [])
+    folders = []
+    for name in names:
+        inside = Path(name) / "adapter"
+        folder = inside if (inside / "adapter_config.json").is_file() else Path(name)
+        check_adapter_folder(folder)
+        folders.append(str(folder))
+    return folders
+
+
 def check_adapter_folder(folder: Path) -> None:
     """Refuse what is not a plain LoRA adapter, before any weight is read.
 
@@ -89,7 +106,9 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 def write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
     """Write an adapter in PEFT's format; equal adapters become equal files."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(state, str(weights), metadata={"format": "pt"})
+    share(weights)
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference
@@ -99,6 +118,14 @@ def write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) ->
     if isinstance(written.get("target_modules"), list):
         written["target_modules"].sort()
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def share(weights: Path) -> None:
+    """Give a weights file the permissions of the file beside it: safetensors writes it for its
+    owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    weights.chmod(0o666 & ~mask)
 
 
 def join_adapters(

@@ -27,6 +27,7 @@ from tokenclean.models.adapters import (
     LoraSettings,
     check_adapter_folder,
     join_adapters,
+    share,
     write_adapter,
 )
 from tokenclean.models.attention import SEGMENTS
@@ -393,6 +394,8 @@ class Network(nn.Module):
         target.save_pretrained(folder, state_dict=plain)
         target.set_attn_implementation(implementation)
         tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            share(weights)
 
     def _adapter_state(self, name: str) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(

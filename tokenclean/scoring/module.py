@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenclean.data.batches import Batch
 from tokenclean.data.pool import TokenPool
-from tokenclean.models import BaseConfig, Network, check_adapter_folder, trained_ids
+from tokenclean.models import BaseConfig, Network, adapter_folders, trained_ids
 
 
 class ScoringModule(LightningModule):
@@ -25,16 +25,15 @@ class ScoringModule(LightningModule):
 
     Args:
         base: the base model.
-        adapters: PEFT adapter folders, stacked in this order; none scores the base itself.
+        adapters: PEFT adapter folders (or runs that hold one), stacked in this order; none scores
+            the base itself.
     """
 
-    def __init__(self, base: BaseConfig, adapters: list[str] | None = None):
+    def __init__(self, base: BaseConfig, adapters: str | list[str] | None = None):
         super().__init__()
-        self.base, self.adapters = base, list(adapters or [])
+        self.base, self.adapters = base, adapter_folders(adapters)
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
-        for folder in self.adapters:
-            check_adapter_folder(Path(folder))
 
     def configure_model(self) -> None:
         """Load the weights, unless a network was handed over."""

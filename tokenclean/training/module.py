@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from transformers import get_scheduler
 
 from tokenclean.data.batches import Batch
 from tokenclean.data.datamodule import GlobalBatch
-from tokenclean.models import BaseConfig, LoraSettings, Network, check_adapter_folder
+from tokenclean.models import BaseConfig, LoraSettings, Network, adapter_folders
 from tokenclean.scoring.module import check_precision, use_layout
 
 
@@ -43,7 +42,7 @@ class CleanedSFTModule(LightningModule):
 
     Args:
         base: the base model.
-        adapters: PEFT adapter folders to stand on, frozen, in this order.
+        adapters: PEFT adapter folders (or runs that hold one) to stand on, frozen, in this order.
         lora: LoRA settings, or null to train all weights.
         optimizer: made from the trainable parameters.
         schedule: learning-rate schedule by its transformers name, stepped once per step.
@@ -56,7 +55,7 @@ class CleanedSFTModule(LightningModule):
     def __init__(
         self,
         base: BaseConfig,
-        adapters: list[str] | None = None,
+        adapters: str | list[str] | None = None,
         lora: LoraSettings | None = LoraSettings(),  # noqa: B008
         optimizer: OptimizerCallable = paper_optimizer,
         schedule: str = "linear",
@@ -72,9 +71,7 @@ class CleanedSFTModule(LightningModule):
             raise ValueError(f"model.gradient_clip: {gradient_clip} is not positive; null disables")
         if save_merged and base.load_in_4bit:
             raise ValueError("model.save_merged: 4-bit weights cannot be merged into; leave it out")
-        self.base, self.adapters, self.lora = base, list(adapters or []), lora
-        for folder in self.adapters:
-            check_adapter_folder(Path(folder))
+        self.base, self.adapters, self.lora = base, adapter_folders(adapters), lora
         self.make_optimizer = optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.gradient_clip = gradient_clip

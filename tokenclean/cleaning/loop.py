@@ -173,6 +173,8 @@ class CleaningLoop:
         self._network: Network | None = None
         # Full fine-tuning changes the weights in place: theta_0 must then be read again.
         self._holds_base = True
+        #: folders this call has made or named
+        self._known: set[Path] = set()
         stored = folder / TIMES
         self._seconds: dict[str, float] = (
             json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
@@ -315,9 +317,9 @@ class CleaningLoop:
                 loader = self.data.scoring_loader(token_rows)
                 trainer.predict(module, loader, return_predictions=False)
                 stop_if_interrupted(trainer)
+            self._known.add(folder)
             log.info("scored %d samples into %s", len(rows), folder)
-        else:
-            log.info("%s is there already", folder)
+        self._say_if_found(folder)
         return ScoreTable(folder)
 
     def _train(
@@ -431,11 +433,12 @@ class CleaningLoop:
 
     def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
         if (step / "cleaned" / MANIFEST).is_file():
-            log.info("%s is there already", step / "cleaned")
+            self._say_if_found(step / "cleaned")
             return
         step.mkdir(parents=True, exist_ok=True)
         with self._timed("select"):
             selected = clean(scored, selection, self.seed + scored.round, step / "cleaned")
+            self._known.add(step / "cleaned")
         log.info(
             "%s: kept %d of %d response tokens%s%s",
             step,
@@ -523,6 +526,12 @@ class CleaningLoop:
             network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
         write_json(stored, result.to_json())
         return result
+
+    def _say_if_found(self, folder: Path) -> None:
+        """Tell a resumed run from a fresh one: what an earlier call left is named once."""
+        if folder not in self._known:
+            self._known.add(folder)
+            log.info("%s is there already", folder)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

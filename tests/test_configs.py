@@ -165,6 +165,18 @@ def test_score_and_select_configs_run(place: Path, model_folder: Path) -> None:
         }
 
 
+def llama3_rope(factor: float) -> dict[str, Any]:
+    """Rotary scaling as Llama 3.1 and 3.2 publish it, but for the factor."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
 #: The three published shapes, with every dimension shrunk and the rest as published.
 SHRUNKEN = {
     "llama-3.2-3b": LlamaConfig(
@@ -179,14 +191,7 @@ SHRUNKEN = {
         vocab_size=400,
         bos_token_id=0,
         eos_token_id=1,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
+        rope_parameters=llama3_rope(32.0),
     ),
     "llama-3.1-8b": LlamaConfig(
         hidden_size=64,
@@ -200,14 +205,7 @@ SHRUNKEN = {
         vocab_size=400,
         bos_token_id=0,
         eos_token_id=1,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
+        rope_parameters=llama3_rope(8.0),
     ),
     "mistral-7b-v0.3": MistralConfig(
         hidden_size=64,

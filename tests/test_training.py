@@ -487,6 +487,8 @@ def test_options_are_checked_at_once(options: dict[str, Any], message: str) -> N
         CleanedSFTModule(BaseConfig("not loaded"), **options)
     with pytest.raises(ValueError, match=r"model\.save_merged: 4-bit"):
         CleanedSFTModule(BaseConfig("not loaded", load_in_4bit=True), save_merged=True)
+    with pytest.raises(ValueError, match=r"4-bit weights cannot be trained in full"):
+        CleanedSFTModule(BaseConfig("not loaded", load_in_4bit=True), lora=None)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

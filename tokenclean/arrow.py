@@ -77,24 +77,35 @@ def list_array(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=dtype))
 
 
-class ListColumn:
+class _Column:
+    """Rows of a column that lies in chunks, one per shard."""
+
+    def __init__(self, chunks: list[pa.Array]):
+        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Chunk of a row, and the row's index in it."""
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return chunk, row - int(self._starts[chunk])
+
+
+class ListColumn(_Column):
     """One list column as NumPy views on the memory map; ``column[i]`` is row i's array."""
 
     def __init__(self, chunks: list[pa.Array]):
         self._values = [c.values for c in chunks]
         self._offsets = [c.offsets.to_numpy() for c in chunks]
-        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+        super().__init__(chunks)
         self._views = [
             None if pa.types.is_boolean(v.type) or v.null_count else v.to_numpy()
             for v in self._values
         ]
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        i = row - int(self._starts[chunk])
+        chunk, i = self._place(row)
         start, stop = int(self._offsets[chunk][i]), int(self._offsets[chunk][i + 1])
         view = self._views[chunk]
         if view is not None:
@@ -119,15 +130,12 @@ class ListColumn:
             yield int(self._starts[k]), np.diff(offsets), values
 
 
-class TextColumn(Sequence[str]):
+class TextColumn(_Column, Sequence[str]):
     """One string column, read from the memory map value by value."""
 
     def __init__(self, chunks: list[pa.Array]):
         self._chunks = chunks
-        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+        super().__init__(chunks)
 
     @overload
     def __getitem__(self, row: int) -> str: ...
@@ -138,8 +146,8 @@ class TextColumn(Sequence[str]):
             return [self[i] for i in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        value: str = self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+        chunk, i = self._place(row)
+        value: str = self._chunks[chunk][i].as_py()
         return value
 
 

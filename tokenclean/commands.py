@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -133,8 +133,6 @@ def fit(argv: list[str]) -> None:
     cli = _Cli("fit", CleanedSFTModule, argv, "bf16-mixed" if _ON_GPU else "32-true")
     module: CleanedSFTModule = cli.model
     cli.attach_tokenizer(module.base)
-    if module.base.load_in_4bit and module.lora is None:
-        raise ValueError("model.base.load_in_4bit: 4-bit weights cannot be trained in full")
     open_run(cli.folder, cli.plain)
     result = cli.folder / ("model" if module.lora is None else "adapter")
     if (result / TRAINED_IDS).is_file():
@@ -154,9 +152,8 @@ def fit(argv: list[str]) -> None:
         module.network.freeze()
         loader: Any = trainer.train_dataloader
         rows: TokenRows = loader.dataset.rows
-        ids = set(_ids(rows))
-        for before in (module.base.name, *module.adapters):
-            ids |= set(trained_ids(Path(before)))
+        before = (Path(name) for name in (module.base.name, *module.adapters))
+        ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
         if trainer.is_global_zero:
             tokenizer = cli.datamodule.tokeniser.tokenizer
             with complete_folder(result) as partial:
@@ -278,7 +275,7 @@ def select(argv: list[str]) -> None:
     if (pool_folder / "train" / MANIFEST).is_file():
         pool_folder = pool_folder / "train"
     pool = TokenPool(pool_folder)
-    rows = next(iter(tables.values())).rows if tables else _all_rows(pool)
+    rows = next(iter(tables.values())).rows if tables else np.arange(len(pool))
     if base is not None and reference is not None and list(base.rows) != list(reference.rows):
         raise ValueError(
             f"--base and --reference score different rows of the pool ({len(base)} and "
@@ -385,11 +382,6 @@ def _callbacks(trainer: Any) -> list[Callback]:
     return callbacks
 
 
-def _ids(rows: TokenRows) -> Iterable[str]:
-    ids = rows.table.values("id")
-    return (ids[int(r)] for r, count in zip(rows.rows, rows.counts, strict=True) if count)
-
-
 def _score_table(path: str, option: str) -> ScoreTable:
     folder = Path(path)
     if not folder.exists():
@@ -397,12 +389,6 @@ def _score_table(path: str, option: str) -> ScoreTable:
     if (folder / "scores" / MANIFEST).is_file():
         folder = folder / "scores"
     return ScoreTable(folder)
-
-
-def _all_rows(pool: TokenPool) -> Any:
-    import numpy as np
-
-    return np.arange(len(pool))
 
 
 def _mean(table: ScoreTable) -> float:

@@ -355,8 +355,7 @@ class CleaningLoop:
             )
         stop_if_interrupted(trainer)
         network.freeze()
-        trained = np.asarray(rows.table.values("id"), dtype=object)[rows.counts > 0]
-        ids = set(trained).union(*(trained_ids(before) for before in stand_on))
+        ids = set(rows.ids_with_targets()).union(*(trained_ids(before) for before in stand_on))
         with complete_folder(step / "adapter") as partial:
             if self.full_tuning:
                 network.save_merged(partial, self.data.tokeniser.tokenizer)

@@ -35,13 +35,20 @@ class TokenRows(Dataset[Sample]):
         self._mask = table.lists("response_mask")
         if not isinstance(table, TokenPool):
             self._labels, self._weights = table.lists("labels"), table.lists("weight")
-        _, responses = _extents(self._mask, len(table))
-        lengths, counts = _extents(self._labels or self._mask, len(table))
+        lengths, responses = _extents(self._mask, len(table))
+        counts = responses
+        if self._labels is not None:
+            lengths, counts = _extents(self._labels, len(table))
         self.lengths, self.counts = lengths[self.rows], counts[self.rows]
         self.responses = responses[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def ids_with_targets(self) -> list[str]:
+        """Ids of the samples that teach something: what a model trained on these rows has seen."""
+        ids = self.table.texts("id")
+        return [ids[int(row)] for row in self.rows[self.counts > 0]]
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])

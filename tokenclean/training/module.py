@@ -69,6 +69,8 @@ class CleanedSFTModule(LightningModule):
             raise ValueError(f"model.warmup_ratio: {warmup_ratio} is not in [0, 1)")
         if gradient_clip is not None and gradient_clip <= 0.0:
             raise ValueError(f"model.gradient_clip: {gradient_clip} is not positive; null disables")
+        if lora is None and base.load_in_4bit:
+            raise ValueError("model.base.load_in_4bit: 4-bit weights cannot be trained in full")
         if save_merged and base.load_in_4bit:
             raise ValueError("model.save_merged: 4-bit weights cannot be merged into; leave it out")
         self.base, self.adapters, self.lora = base, adapter_folders(adapters), lora

@@ -13,9 +13,11 @@ from tokenclean.arrow import (
     MANIFEST,
     ArrowTable,
     ListColumn,
+    TextColumn,
     complete_folder,
     list_array,
     read_manifest,
+    spans,
     write_json,
     write_shard,
 )
@@ -88,6 +90,55 @@ def test_sliced_arrays_keep_to_their_slice() -> None:
     assert [(f, s.tolist(), v.tolist()) for f, s, v in column.blocks()] == [
         (0, [1, 0, 2], [4, 5, 6])
     ]
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3, 4, 5], [4, 5], [0, 2, 5], [5, 0, 3, 4, 2, 2], [1], [1, 3], []]
+)
+def test_many_rows_at_once_are_those_rows_end_to_end(tmp_path: Path, rows: list[int]) -> None:
+    table = ArrowTable(write_table(tmp_path / "table"), "thing")
+    values = [v for row in rows for v in ROWS[row]]
+    expected = {
+        "numbers": values,
+        "odd": [v % 2 == 1 for v in values],
+        "sparse": [float(v) if v > 4 else None for v in values],
+    }
+    for name, want in expected.items():
+        counts, got = table.lists(name).take(np.array(rows, dtype=np.int64))
+        assert counts.tolist() == [len(ROWS[row]) for row in rows]
+        assert [None if v != v else v for v in got.tolist()] == want
+    names = table.texts("name")
+    wanted = [["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"][row] for row in rows]
+    assert names.take(np.array(rows, dtype=np.int64)).to_pylist() == wanted
+    assert [names[row] for row in rows] == wanted
+
+
+def test_neighbours_are_taken_without_a_copy(tmp_path: Path) -> None:
+    numbers = ArrowTable(write_table(tmp_path / "table"), "thing").lists("numbers")
+    assert not numbers.take(np.array([4, 5]))[1].flags.owndata
+
+
+def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    table = ArrowTable(write_table(tmp_path / "table"), "thing")
+    for column in (table.lists("numbers"), table.texts("name")):
+        for row in (-1, 6):
+            with pytest.raises(IndexError):
+                column[row]
+            with pytest.raises(IndexError):
+                column.take(np.array([2, row]))
+
+
+def test_texts_in_order_and_which_of_them_are_among_others(tmp_path: Path) -> None:
+    names = ArrowTable(write_table(tmp_path / "table"), "thing").texts("name")
+    assert list(names) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]
+    assert names.among({"1/1", "0/2", "9/9"}).tolist() == [False, False, True, False, True, False]
+    assert names.among(set()).tolist() == [False] * 6
+    assert TextColumn([]).among({"a"}).tolist() == []
+
+
+def test_spans_by_hand() -> None:
+    found = spans(np.array([7, 0, 3, 3]), np.array([2, 0, 3, 1]))
+    assert found.tolist() == [7, 8, 3, 4, 5, 3]
 
 
 def test_an_empty_column_has_no_rows() -> None:

@@ -270,6 +270,84 @@ class TestErrorsBeforeAnyModelLoads:
         assert "--base" in fails(capsys, "select", "--base", "/no/table")
 
 
+@pytest.mark.usefixtures("no_model")
+class TestEstimate:
+    """Tables instead of runs: no weight is read and no run folder made."""
+
+    @pytest.fixture
+    def common(self, tmp_path: Path, model_folder: Path, pool_file: Path) -> list[str]:
+        return [
+            *("--model.base.name", str(model_folder), "--data.path", str(pool_file)),
+            *("--outputs", str(tmp_path / "out"), "--data.cache_dir", str(tmp_path / "cache")),
+            *("--data.max_length", "128", "--trainer.accelerator", "cpu", "--name", "run"),
+            "--estimate",
+        ]
+
+    def rows(self, text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        header = next(i for i, row in enumerate(cells) if row[:2] == ["arm", "stage"])
+        return cells[header + 1 :]
+
+    @pytest.mark.parametrize(
+        ("verb", "stage", "samples"), [("score", "score", "40"), ("fit", "train", "80")]
+    )
+    def test_one_stage(
+        self,
+        verb: str,
+        stage: str,
+        samples: str,
+        tmp_path: Path,
+        common: list[str],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        epochs = ["--trainer.max_epochs", "2"] if verb == "fit" else []
+        cli.main([verb, *common, *epochs])
+        printed = capsys.readouterr().out
+        assert "nothing was run" in printed and "data.token_budget: 8192" in printed
+        pool, row, total = self.rows(printed)
+        assert pool[:2] == ["shared", "tokenise"] and total[0] == "all"
+        assert row[:4] == ["run", stage, "-", samples]
+        assert all(cell != "-" for cell in row[3:])
+        assert not (tmp_path / "out").exists()
+
+    def test_limits_of_the_trainer_count(
+        self, common: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cli.main(["fit", *common, "--data.batch_size", "4", "--trainer.max_steps", "3"])
+        assert self.rows(capsys.readouterr().out)[1][3] == "12"
+        limits = ["--trainer.limit_train_batches", "0.2", "--trainer.max_epochs", "3"]
+        cli.main(["fit", *common, "--data.batch_size", "4", *limits])
+        assert self.rows(capsys.readouterr().out)[1][3] == "24"  # 3 epochs of 2 steps of 4
+        error = fails(capsys, "fit", *common, "--trainer.max_epochs", "-1")
+        assert "trainer.max_epochs" in error
+
+    def test_a_whole_loop(self, common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        arms = {
+            "warm": {"schedule": "warmup"},
+            "fixed": {"schedule": "fixed_model"},
+            "own": {"schedule": "self_evolving", "keep": 0.5},
+        }
+        cli.main(["clean", *common, "--loop.arms", json.dumps(arms), "--data.subsets", "3"])
+        rows = self.rows(capsys.readouterr().out)
+        assert [row[:4] for row in rows[1:-1]] == [
+            ["shared", "score", "-", "40"],  # base
+            ["shared", "select", "0", "14"],
+            ["shared", "train", "0", "14"],
+            ["shared", "score", "-", "40"],  # warm-up
+            ["fixed", "select", "-", "40"],
+            ["fixed", "train", "-", "40"],
+            *(["own", stage, "1", "13"] for stage in ("score", "select", "train")),
+            *(["own", stage, "2", "13"] for stage in ("score", "select", "train")),
+            ["own", "select", "-", "-"],  # rounds joined
+            ["own", "train", "-", "-"],
+        ]
+
+    def test_arms_are_checked(self, common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        arms = json.dumps({"oracle": {"schedule": "fixed_model", "rule": "oracle"}})
+        assert "planted truth" in fails(capsys, "clean", *common, "--loop.arms", arms)
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """Warm-up, both scores, selection and training by hand, verb by verb."""
@@ -306,6 +384,39 @@ def test_each_run_leaves_config_log_and_summary(stages: Path) -> None:
         assert yaml.safe_load((stages / name / "config.yaml").read_text())
         assert json.loads((stages / name / "summary.json").read_text())
         assert (stages / name / "log.txt").exists()
+
+
+def test_an_estimate_does_not_make_it_another_run(stages: Path) -> None:
+    assert "estimate" not in yaml.safe_load((stages / "base" / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "samples"),
+    [
+        ("base", "score", 30),
+        ("warmup", "train", 6),  # D_0
+        ("final", "train", 60),  # and once through the validation pool
+    ],
+)
+def test_a_verbs_costs(name: str, stage: str, samples: int, stages: Path) -> None:
+    rows = json.loads((stages / name / "costs.json").read_text())["rows"]
+    # the pool was made by the first call that needed it, and never again
+    made = [row["stage"] for row in rows] == ["tokenise", stage]
+    assert made == (name == "warmup")
+    row = rows[-1]
+    assert (row["arm"], row["stage"], row["round"]) == (name, stage, None)
+    assert row["samples"] == samples
+    summary = json.loads((stages / name / "summary.json").read_text())
+    targets = summary["kept_tokens"] if stage == "train" else summary["response_tokens"]
+    validation = json.loads((stages / "base" / "summary.json").read_text())["response_tokens"]
+    assert row["targets"] == targets + (validation if name == "final" else 0)
+    folder = stages / name / ("scores" if stage == "score" else "adapter")
+    # the adapter with its checkpoint and, in `final`, the merged model
+    least = sum(path.stat().st_size for path in folder.iterdir())
+    assert row["disk"] == least if stage == "score" else row["disk"] > least
+    assert row["flops"] > 0 and row["peak_memory"] > 0
+    assert row["tokens"] >= row["targets"]
+    assert 0.0 <= row["model_seconds"] <= row["seconds"] <= summary["wall_seconds"] + 0.01
 
 
 def test_selected_pool_on_disk(stages: Path) -> None:

@@ -99,6 +99,41 @@ def test_the_base_is_scored_once_and_shared(finished: Path) -> None:
     assert warmup.manifest["model"].startswith(base.manifest["model"] + "+")
 
 
+def test_every_stage_has_a_cost(finished: Path) -> None:
+    """The whole pool under base and warm-up is charged to nobody, a round to its arm."""
+    value = json.loads((finished / "costs.json").read_text())
+    rows = {(r["arm"], r["stage"], r["round"]): r for r in value["rows"]}
+    scored = {key: r["samples"] for key, r in rows.items() if key[1] == "score"}
+    assert scored == {
+        ("shared", "score", None): 86,  # 43 samples under two models
+        ("self_evolving", "score", 1): 9,
+        ("self_evolving", "score", 2): 9,
+        ("self_evolving", "score", 3): 8,
+        ("self_evolving", "score", 4): 8,
+    }
+    trained = {key: r["samples"] for key, r in rows.items() if key[1] == "train" and r["samples"]}
+    rounds = {1: 9, 2: 9, 3: 8, 4: 8}
+    for arm in ("self_evolving", "restart_full"):
+        ours = {t: trained.pop((arm, "train", t)) for t in rounds}
+        # a sample whose every token was dropped is not computed
+        assert ours == rounds if arm == "restart_full" else sum(ours.values()) <= 34
+    assert trained.pop(("shared", "train", 0)) == 9
+    assert {key[0] for key in trained} == {"full", "random", "rho", "fixed_model", "oracle"}
+    evaluated = {key[0] for key in rows if key[1] == "evaluate"}
+    assert evaluated == {"base", *ARMS}
+    assert rows["shared", "tokenise", None]["samples"] == 43
+    for key, row in rows.items():
+        if key[1] in ("score", "train") and row["samples"]:
+            assert row["flops"] > 0 and row["tokens"] >= row["targets"] > 0, key
+            assert row["disk"] > 0 and row["peak_memory"] > 0, key
+    seconds = sum(row["seconds"] for row in value["rows"])
+    assert seconds <= value["wall_seconds"]
+    table = finished / "scores" / "warmup"
+    both = sum(p.stat().st_size for t in ("base", "warmup") for p in table.with_name(t).iterdir())
+    assert rows["shared", "score", None]["disk"] == both
+    assert "| self_evolving | train | 4 |" in (finished / "costs.md").read_text()
+
+
 @pytest.mark.parametrize("arm", ["random", "fixed_model", "self_evolving"])
 def test_the_number_kept_is_exact(finished: Path, arm: str) -> None:
     by_round: dict[int, list[dict[str, Any]]] = {}

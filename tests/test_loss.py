@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tokenclean.loss import Head, greedy_tokens, token_nll
+from tokenclean.loss import Head, greedy_tokens, token_nll, token_statistics
 
 V, H = 53, 16
 
@@ -207,3 +208,49 @@ def test_greedy_is_the_largest_logit() -> None:
     # a bias can change the answer
     biased = Head(weight, torch.tensor([0.0, 2.5, 0.0]))
     assert greedy_tokens(hidden, biased).tolist() == [1, 1, 2]
+
+
+def test_statistics_by_hand() -> None:
+    # probabilities 1/8, 2/8, 5/8: entropy 1/8 ln 8 + 2/8 ln 4 + 5/8 ln 8/5
+    weight = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    got = token_statistics(torch.ones(3, 1), Head(weight), torch.tensor([0, 1, 2]), chunk_rows=2)
+    torch.testing.assert_close(got.nll, torch.tensor([8.0, 4.0, 8 / 5]).log())
+    torch.testing.assert_close(got.top_probability, torch.full((3,), 5 / 8))
+    by_hand = 1 / 8 * math.log(8) + 2 / 8 * math.log(4) + 5 / 8 * math.log(8 / 5)
+    torch.testing.assert_close(got.entropy, torch.full((3,), by_hand))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_statistics_come_with_the_loss_and_its_gradient(case: Case, trained_head: bool) -> None:
+    hidden, weight, bias, targets = drawn(9, case, torch.float32)
+    hidden.requires_grad_(True)
+    weight.requires_grad_(trained_head)
+    head = Head(weight, bias, case.scale, case.softcap)
+    got = token_statistics(hidden, head, targets, chunk_rows=4)
+    alone = token_nll(hidden, head, targets, chunk_rows=4)
+    assert torch.equal(got.nll, alone)
+    (grad,) = torch.autograd.grad(got.nll.sum(), hidden)
+    (grad_alone,) = torch.autograd.grad(alone.sum(), hidden)
+    assert torch.equal(grad, grad_alone)
+    assert not got.entropy.requires_grad and not got.top_probability.requires_grad
+
+    # every token's loss in float64 is the whole distribution
+    wide = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
+    assert wide[0] is not None and wide[1] is not None
+    every = torch.stack(
+        [written_out(wide[0], wide[1], wide[2], torch.full((9,), v), case) for v in range(V)], dim=1
+    )
+    probability = torch.exp(-every)
+    torch.testing.assert_close(
+        got.entropy.double(), (probability * every).sum(1), rtol=0, atol=5e-6
+    )
+    torch.testing.assert_close(got.top_probability.double(), probability.amax(1), rtol=0, atol=5e-7)
+
+
+def test_a_wide_hidden_row_is_not_rounded_to_the_heads_precision() -> None:
+    hidden, weight, _, targets = drawn(12, CASES[0], torch.float32)
+    half = weight.to(torch.bfloat16)
+    got = token_nll(hidden, Head(half), targets)
+    want = written_out(hidden.double(), half.double(), None, targets, CASES[0])
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,17 @@ from lightning import Trainer
 from transformers import AutoModelForCausalLM
 
 from tokenclean.arrow import MANIFEST
+from tokenclean.cleaning.apply import ScoredRows, clean
+from tokenclean.data.cleaned import DATA
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, LoraSettings, Network, load_tokenizer
 from tokenclean.scoring.module import ScoringModule, score_manifest
-from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.scoring.table import HISTOGRAM, ScoreTable, ScoreWriter
+from tokenclean.selection.rules import SelectionConfig
+
+TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
 def data_for(model: Path, path: Path, cache: Path, **options: Any) -> TuluDataModule:
@@ -49,9 +55,16 @@ def trainer_for(*callbacks: Any, **options: Any) -> Trainer:
     )
 
 
-def score(module: ScoringModule, data: TuluDataModule, folder: Path, **options: Any) -> ScoreTable:
+def score(
+    module: ScoringModule,
+    data: TuluDataModule,
+    folder: Path,
+    against: ScoreTable | None = None,
+    **options: Any,
+) -> ScoreTable:
     rows = TokenRows(data.pool, data.chosen_rows())
-    trainer = trainer_for(ScoreWriter(rows, folder, {"pool": data.pool.fingerprint}), **options)
+    manifest = {"pool": data.pool.fingerprint, "model": folder.name, "trained_on": []}
+    trainer = trainer_for(ScoreWriter(rows, folder, manifest, against), **options)
     trainer.predict(module, data, return_predictions=False)
     return ScoreTable(folder)
 
@@ -113,6 +126,64 @@ def test_a_subset_with_an_adapter(model_folder: Path, pool_file: Path, tmp_path:
         table.of_row(outside)
 
 
+def test_many_rows_come_in_the_order_asked_for(
+    model_folder: Path, pool_file: Path, tmp_path: Path
+) -> None:
+    data = data_for(model_folder, pool_file, tmp_path / "cache", subsets=4, subset=1)
+    table = score(ScoringModule(BaseConfig(str(model_folder))), data, tmp_path / "scores")
+    asked = table.rows[[3, 0, 7]]
+    counts, values = table.of_rows(asked)
+    assert counts.tolist() == [int(data.pool.response_mask[int(r)].sum()) for r in asked]
+    want = np.concatenate([table.nll[3], table.nll[0], table.nll[7]])
+    np.testing.assert_array_equal(values, want)
+    for outside in set(range(40)) - set(table.rows.tolist()):
+        with pytest.raises(ValueError, match=f"no scores for pool row {outside}"):
+            table.of_rows(np.append(asked, outside))
+
+
+def test_the_histogram_against_a_base_table_is_that_of_the_scores(
+    model_folder: Path, pool_file: Path, tmp_path: Path
+) -> None:
+    data = data_for(model_folder, pool_file, tmp_path / "cache")
+    base = score(ScoringModule(BaseConfig(str(model_folder))), data, tmp_path / "base")
+    tiny_llama(len(byte_level_tokenizer()), seed=3).save_pretrained(tmp_path / "other")
+    byte_level_tokenizer().save_pretrained(tmp_path / "other")
+    data.subsets, data.subset = 3, [2, 0]  # fewer rows than the base table holds
+    module = ScoringModule(BaseConfig(str(tmp_path / "other")))
+    reference = score(module, data, tmp_path / "reference", against=base)
+    rows = reference.rows
+    want: dict[int, int] = {}
+    for index, row in enumerate(rows):
+        for a, b in zip(base.nll[int(row)].tolist(), reference.nll[index].tolist(), strict=True):
+            leading = int.from_bytes(struct.pack(">d", a - b)[:2], "big")
+            key = 0xFFFF - leading if a < b else leading | 0x8000
+            want[key] = want.get(key, 0) + 1
+    found = reference.histogram(base)
+    assert found is not None
+    assert {int(i): int(found.counts[i]) for i in np.flatnonzero(found.counts)} == want
+    # It is for that base table alone.
+    assert reference.histogram(reference) is None
+    assert base.histogram(reference) is None
+
+    config = SelectionConfig("token_cleaning", keep=0.6)
+    for name in ("with", "without"):
+        scored = ScoredRows(data.pool, rows, base, ScoreTable(tmp_path / "reference"), round=1)
+        assert (scored.histogram() is None) == (name == "without")
+        clean(scored, config, 0, tmp_path / name)
+        (tmp_path / "reference" / HISTOGRAM).unlink(missing_ok=True)
+    files = [(tmp_path / name / DATA).read_bytes() for name in ("with", "without")]
+    assert files[0] == files[1]
+
+
+def test_a_base_table_without_a_row_is_refused_before_anything_is_scored(
+    model_folder: Path, pool_file: Path, tmp_path: Path
+) -> None:
+    data = data_for(model_folder, pool_file, tmp_path / "cache", subsets=2, subset=1)
+    base = score(ScoringModule(BaseConfig(str(model_folder))), data, tmp_path / "base")
+    with pytest.raises(ValueError, match="no scores for pool row"):
+        ScoreWriter(TokenRows(data.pool), tmp_path / "scores", {}, base)
+
+
 def test_the_plan_decides_the_bits(model_folder: Path, pool_file: Path, tmp_path: Path) -> None:
     data = data_for(model_folder, pool_file, tmp_path / "cache")
     base = BaseConfig(str(model_folder))
@@ -123,6 +194,7 @@ def test_the_plan_decides_the_bits(model_folder: Path, pool_file: Path, tmp_path
     for row in range(40):
         np.testing.assert_array_equal(one.nll[row], two.nll[row])
         np.testing.assert_allclose(one.nll[row], other.nll[row], rtol=0, atol=2e-5)
+    assert one.manifest["content"] == two.manifest["content"]
     files = [sorted((tmp_path / name).glob("part-*")) for name in ("one", "two")]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
@@ -163,10 +235,11 @@ def test_a_sample_that_is_left_out_is_noticed(
     assert not (tmp_path / "scores" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("budget", [200, 10**6])  # in two batches, in one
 def test_a_sample_that_is_scored_twice_is_noticed(
-    model_folder: Path, pool_file: Path, tmp_path: Path
+    model_folder: Path, pool_file: Path, tmp_path: Path, budget: int
 ) -> None:
-    data = data_for(model_folder, pool_file, tmp_path / "cache")
+    data = data_for(model_folder, pool_file, tmp_path / "cache", token_budget=budget)
     writer = ScoreWriter(TokenRows(data.pool), tmp_path / "scores", {})
     doubled = data.scoring_loader(TokenRows(data.pool, np.append(np.arange(40), 7)))
     with pytest.raises(RuntimeError, match="1 of 40 samples were not scored exactly once"):
@@ -197,6 +270,7 @@ def test_bfloat16_autocast_keeps_float32_losses(
     got = np.concatenate([table.nll[row] for row in range(40)])
     want = np.concatenate([exact.nll[row] for row in range(40)])
     assert 1e-4 < np.abs(got - want).max() < 0.5
+    assert table.manifest["content"] != exact.manifest["content"]
     # Losses stored in bfloat16 would have their lower 16 bits zero.
     assert (got.view(np.uint32) & 0xFFFF != 0).mean() > 0.9
 
@@ -218,7 +292,7 @@ def test_manifest_says_where_the_numbers_come_from(
         network.save_last_adapter(tmp_path / name)
         (tmp_path / name / "trained_ids.json").write_text(ids, encoding="utf-8")
         adapters.append(str(tmp_path / name))
-    manifest = score_manifest(data.pool, base, adapters, network, 200)
+    manifest = score_manifest(data.pool, base, adapters, network, 200, TRAINER)
     assert manifest["trained_on"] == ["row-1", "row-2", "row-3"]
     assert manifest["pool"] == data.pool.fingerprint
     assert manifest["model"] == network.fingerprint() and manifest["model"].count("+") == 2

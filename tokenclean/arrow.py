@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 MANIFEST = "manifest.json"
 #: Rows per shard: a few MB for samples of ordinary length.
@@ -72,24 +75,54 @@ def write_shard(folder: Path, number: int, batch: pa.RecordBatch) -> None:
 
 def list_array(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.ListArray:
     """NumPy rows as one Arrow list array."""
-    offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int32)
     values = np.concatenate(arrays) if arrays else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=dtype))
+    return lists_of([len(a) for a in arrays], pa.array(values, type=dtype))
+
+
+def lists_of(counts: Sequence[int] | np.ndarray, values: np.ndarray | pa.Array) -> pa.ListArray:
+    """Values that lie end to end as one Arrow list array.
+
+    Args:
+        counts: length of each row, shape (R,), summing to n.
+        values: of any type, shape (n,); an Arrow array may hold nulls.
+    """
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``starts[i], starts[i] + 1, ...``, ``counts[i]`` of them, for every i, end to end; int64."""
+    shifts = starts - (np.cumsum(counts) - counts)
+    return np.repeat(shifts, counts) + np.arange(int(counts.sum()))
 
 
 class _Column:
     """Rows of a column that lies in chunks, one per shard."""
 
     def __init__(self, chunks: list[pa.Array]):
-        self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+        # A list, since bisecting one is several times faster than searching an array for one row.
+        self._starts = [0, *accumulate(len(c) for c in chunks)]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def _place(self, row: int) -> tuple[int, int]:
         """Chunk of a row, and the row's index in it."""
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return chunk, row - int(self._starts[chunk])
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        chunk = bisect_right(self._starts, row) - 1
+        return chunk, row - self._starts[chunk]
+
+    def _runs(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Neighbours among ``rows`` that share a chunk: the chunk, and their indices in it."""
+        if len(rows) == 0:
+            return
+        if not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        edges = np.flatnonzero(np.diff(chunks)) + 1
+        for run, chunk in zip(np.split(rows, edges), chunks[np.append(0, edges)], strict=True):
+            yield int(chunk), run - self._starts[chunk]
 
 
 class ListColumn(_Column):
@@ -106,7 +139,38 @@ class ListColumn(_Column):
 
     def __getitem__(self, row: int) -> np.ndarray:
         chunk, i = self._place(row)
-        start, stop = int(self._offsets[chunk][i]), int(self._offsets[chunk][i + 1])
+        return self._slice(chunk, int(self._offsets[chunk][i]), int(self._offsets[chunk][i + 1]))
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Many rows at once, in any order.
+
+        Args:
+            rows: row numbers, int64, shape (R,).
+
+        Returns:
+            Their list lengths, int64, shape (R,), and their values end to end; a read-only view
+            where the rows are neighbours in one shard.
+
+        Raises:
+            IndexError: for a row that the column does not have.
+        """
+        counts, parts = [], []
+        for chunk, places in self._runs(rows):
+            starts, stops = self._offsets[chunk][places], self._offsets[chunk][places + 1]
+            first = int(starts.min())
+            values = self._slice(chunk, first, int(stops.max()))
+            if (starts[1:] != stops[:-1]).any():
+                values = values[spans(starts.astype(np.int64) - first, stops - starts)]
+            counts.append(stops - starts)
+            parts.append(values)
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0)
+        return (
+            np.concatenate(counts).astype(np.int64),
+            parts[0] if len(parts) == 1 else np.concatenate(parts),
+        )
+
+    def _slice(self, chunk: int, start: int, stop: int) -> np.ndarray:
         view = self._views[chunk]
         if view is not None:
             return view[start:stop]
@@ -121,13 +185,7 @@ class ListColumn(_Column):
     def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Per shard: first row, list lengths of its rows, its values end to end."""
         for k, offsets in enumerate(self._offsets):
-            view = self._views[k]
-            first, last = int(offsets[0]), int(offsets[-1])
-            if view is None:
-                values = self._values[k].slice(first, last - first).to_numpy(zero_copy_only=False)
-            else:
-                values = view[first:last]
-            yield int(self._starts[k]), np.diff(offsets), values
+            yield self._starts[k], np.diff(offsets), self._slice(k, offsets[0], offsets[-1])
 
 
 class TextColumn(_Column, Sequence[str]):
@@ -144,11 +202,34 @@ class TextColumn(_Column, Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)
         chunk, i = self._place(row)
         value: str = self._chunks[chunk][i].as_py()
         return value
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._chunks:
+            yield from chunk.to_pylist()
+
+    def take(self, rows: np.ndarray) -> pa.StringArray:
+        """Many values at once, in any order.
+
+        Args:
+            rows: row numbers, int64, shape (R,).
+
+        Raises:
+            IndexError: for a row that the column does not have.
+        """
+        parts = [self._chunks[chunk].take(pa.array(places)) for chunk, places in self._runs(rows)]
+        return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+
+    def among(self, values: Collection[str]) -> np.ndarray:
+        """Which rows hold one of the values: bool, shape (rows,)."""
+        # One call for all chunks, so that the values are hashed once.
+        found = pc.is_in(
+            pa.chunked_array(self._chunks, pa.string()),
+            value_set=pa.array(sorted(values), pa.string()),
+        )
+        return found.to_numpy()
 
 
 class ArrowTable:

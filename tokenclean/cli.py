@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from tokenclean import __version__
 
@@ -46,8 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
+    started = time.perf_counter()
     from tokenclean import commands
 
+    commands.import_seconds = time.perf_counter() - started
     try:
         getattr(commands, verb)(args[1:])
     except (ValueError, FloatingPointError) as error:

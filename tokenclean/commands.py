@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,30 @@ from tokenclean.cleaning.apply import ScoredRows
 from tokenclean.cleaning.apply import clean as clean_rows
 from tokenclean.cleaning.loop import CleaningLoop, LoopConfig
 from tokenclean.cleaning.results import results_markdown
+from tokenclean.costs import (
+    SHARED,
+    Cost,
+    Ledger,
+    charge_scoring,
+    charge_training,
+    directory_bytes,
+    tokenise,
+)
 from tokenclean.data.cleaned import check_tokenizer
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
-from tokenclean.models import TRAINED_IDS, BaseConfig, check_base, load_tokenizer, trained_ids
+from tokenclean.estimate import ModelShape, parameter_bytes
+from tokenclean.models import (
+    TRAINED_IDS,
+    BaseConfig,
+    LoraSettings,
+    check_base,
+    load_tokenizer,
+    trained_ids,
+)
+from tokenclean.models.loading import load_config
+from tokenclean.plan import Planner, Rows
 from tokenclean.runs import (
     SUMMARY,
     log_to,
@@ -37,8 +57,9 @@ from tokenclean.runs import (
     stop_if_interrupted,
     write_summary,
 )
-from tokenclean.scoring.module import ScoringModule, score_manifest
-from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.scoring.cache import ScoreCache
+from tokenclean.scoring.module import ScoringModule, score_pool
+from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.rules import SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
 
@@ -58,6 +79,8 @@ set_parsing_settings(
 
 _USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
+#: what importing this module took; `cli.main` sets it, so that a run's costs include it
+import_seconds = 0.0
 
 
 class _Cli(LightningCLI):
@@ -93,6 +116,11 @@ class _Cli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         _add_place(parser)
+        parser.add_argument(
+            "--estimate",
+            action="store_true",
+            help="print what the run would cost (FLOPs, time, memory, disk) instead of doing it",
+        )
         if self.verb == "clean":
             parser.add_class_arguments(SelectionConfig, "selection")
             parser.add_class_arguments(LoopConfig, "loop")
@@ -100,6 +128,7 @@ class _Cli(LightningCLI):
     def before_instantiate_classes(self) -> None:
         _check_arms([str(file) for file in self.config.get("config") or []])
         self.plain = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
+        self.estimate = self.plain.pop("estimate")
         self.folder = _folder(self.config, self.plain, self.verb)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -126,13 +155,32 @@ class _Cli(LightningCLI):
         check_base(base, tokenizer, max_length)
         self.datamodule.use_tokenizer(tokenizer)
 
+    def ledger(self, begun: float) -> Ledger:
+        """Where the costs of a call that began then go."""
+        trainer: Any = self.trainer
+        place = trainer.global_rank, trainer.world_size
+        return Ledger(self.folder, trainer.strategy.root_device, begun, *place)
+
+    def prepared(self) -> list[Cost]:
+        """For an estimate: the data set up, and what its pool takes on disk."""
+        data: TuluDataModule = self.datamodule
+        data.prepare_data()
+        data.setup()
+        if data.cleaned_folder:
+            return []
+        folder = data.pool.folder.parent
+        return [Cost(SHARED, "tokenise", samples=len(data.pool), disk=directory_bytes([folder]))]
+
 
 def fit(argv: list[str]) -> None:
     """Fine-tune on a pool (every response token) or a cleaned pool (the kept ones)."""
-    _quieten()
+    begun = _begin()
     cli = _Cli("fit", CleanedSFTModule, argv, "bf16-mixed" if _ON_GPU else "32-true")
     module: CleanedSFTModule = cli.model
     cli.attach_tokenizer(module.base)
+    if cli.estimate:
+        print(_fit_estimate(cli, module))
+        return
     open_run(cli.folder, cli.plain)
     result = cli.folder / ("model" if module.lora is None else "adapter")
     if (result / TRAINED_IDS).is_file():
@@ -145,25 +193,33 @@ def fit(argv: list[str]) -> None:
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath, callback.save_last = str(checkpoints), "link"
     last = checkpoints / "last.ckpt"
+    ledger, arm = cli.ledger(begun), cli.folder.name
     with log_to(cli.folder):
-        trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
-        stop_if_interrupted(trainer)
-        assert module.network is not None
-        module.network.freeze()
-        loader: Any = trainer.train_dataloader
-        rows: TokenRows = loader.dataset.rows
-        before = (Path(name) for name in (module.base.name, *module.adapters))
-        ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
+        tokenise(cli.datamodule, ledger, arm)
+        with ledger.measure(arm, "train", network=lambda: module.network) as cost:
+            trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
+            stop_if_interrupted(trainer)
+            assert module.network is not None
+            module.network.freeze()
+            loader: Any = trainer.train_dataloader
+            rows: TokenRows = loader.dataset.rows
+            before = (Path(name) for name in (module.base.name, *module.adapters))
+            ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
+            if trainer.is_global_zero:
+                tokenizer = cli.datamodule.tokeniser.tokenizer
+                with complete_folder(result) as partial:
+                    if module.lora is None:
+                        module.network.save_merged(partial, tokenizer)
+                    else:
+                        module.network.save_stack(partial)
+                    write_json(partial / TRAINED_IDS, sorted(ids))
+                if module.save_merged and module.lora is not None:
+                    module.network.save_merged(cli.folder / "merged", tokenizer)
+            shape = _shape(module.base)
+            charge_training(cost, shape, cli.datamodule, rows, trainer, module.lora)
+            cost.disk = directory_bytes([result, checkpoints, cli.folder / "merged"])
         if trainer.is_global_zero:
-            tokenizer = cli.datamodule.tokeniser.tokenizer
-            with complete_folder(result) as partial:
-                if module.lora is None:
-                    module.network.save_merged(partial, tokenizer)
-                else:
-                    module.network.save_stack(partial)
-                write_json(partial / TRAINED_IDS, sorted(ids))
-            if module.save_merged and module.lora is not None:
-                module.network.save_merged(cli.folder / "merged", tokenizer)
+            ledger.store()
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
             write_summary(
                 cli.folder,
@@ -173,6 +229,7 @@ def fit(argv: list[str]) -> None:
                     "kept_tokens": int(rows.counts.sum()),
                     "response_tokens": int(rows.responses.sum()),
                     **metrics,
+                    **ledger.summary(),
                     "result": str(result),
                 },
             )
@@ -180,25 +237,35 @@ def fit(argv: list[str]) -> None:
 
 def score(argv: list[str]) -> None:
     """Write one model's score table."""
-    _quieten()
+    begun = _begin()
     cli = _Cli("score", ScoringModule, argv, precision="16-mixed" if _ON_GPU else "32-true")
     module: ScoringModule = cli.model
     data: TuluDataModule = cli.datamodule
     cli.attach_tokenizer(module.base)
+    if cli.estimate:
+        print(_score_estimate(cli, module))
+        return
     open_run(cli.folder, cli.plain)
     table = cli.folder / "scores"
     if (table / MANIFEST).is_file():
         print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
         return
+    ledger, arm = cli.ledger(begun), cli.folder.name
     with log_to(cli.folder):
         trainer = cli.trainer
-        data.prepare_data()
-        data.setup()
-        writer = _LateManifest(TokenRows(data.pool, data.chosen_rows()), table, module, data)
-        _callbacks(trainer).append(writer)
-        trainer.predict(module, data, return_predictions=False)
-        stop_if_interrupted(trainer)
+        tokenise(data, ledger, arm)
+        rows = TokenRows(data.pool, data.chosen_rows())
+        with ledger.measure(arm, "score", network=lambda: module.network) as cost:
+            module.load(trainer.strategy.root_device)
+            assert module.network is not None
+            data.layout = module.network.layout
+            # The base is what others ask for again; a reference belongs to one run.
+            cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
+            if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
+                charge_scoring(cost, _shape(module.base), rows)
+            cost.disk = directory_bytes([table])
         if trainer.is_global_zero:
+            ledger.store()
             done = ScoreTable(table)
             write_summary(
                 cli.folder,
@@ -207,28 +274,10 @@ def score(argv: list[str]) -> None:
                     "response_tokens": done.manifest["tokens"],
                     "mean_nll": _mean(done),
                     "model": done.manifest["model"],
+                    **ledger.summary(),
                     "table": str(table),
                 },
             )
-
-
-class _LateManifest(ScoreWriter):
-    """A score writer whose manifest is made once the model is in memory."""
-
-    def __init__(self, rows: TokenRows, folder: Path, module: ScoringModule, data: TuluDataModule):
-        super().__init__(rows, folder, {})
-        self.module, self.data = module, data
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.module.network is not None
-        self.manifest = score_manifest(
-            self.data.pool,
-            self.module.base,
-            self.module.adapters,
-            self.module.network,
-            self.data.token_budget,
-        )
-        super().on_predict_start(trainer, pl_module)
 
 
 def select(argv: list[str]) -> None:
@@ -302,9 +351,11 @@ def select(argv: list[str]) -> None:
 
 def clean(argv: list[str]) -> None:
     """The whole loop."""
-    _quieten()
+    begun = _begin()
     cli = _Cli("clean", CleanedSFTModule, argv, precision="bf16-mixed" if _ON_GPU else "32-true")
     config = cli.config_init
+    mixed = "mixed" in str(config["trainer"]["precision"])
+    scoring_precision = "16-mixed" if _ON_GPU and mixed else "32-true"
 
     def make_module() -> CleanedSFTModule:
         module: CleanedSFTModule = cli.parser.instantiate_classes(cli.config)["model"]
@@ -319,8 +370,7 @@ def clean(argv: list[str]) -> None:
         if log_folder is not None and kwargs.get("logger") is None:
             changes["logger"] = _tensorboard(log_folder)
         if scoring:
-            mixed = "mixed" in str(kwargs["precision"])
-            kwargs.update(precision="16-mixed" if _ON_GPU and mixed else "32-true")
+            kwargs.update(precision=scoring_precision)
         return Trainer(**{**kwargs, **changes})
 
     if cli.trainer.world_size > 1:
@@ -329,6 +379,7 @@ def clean(argv: list[str]) -> None:
             "`fit`, `score` and `select`, which do (the README shows how)"
         )
     cli.attach_tokenizer(cli.model.base)
+    ledger = cli.ledger(begun)
     loop = CleaningLoop(
         make_module,
         make_trainer,
@@ -337,13 +388,60 @@ def clean(argv: list[str]) -> None:
         config["loop"],
         cli.folder,
         int(config["seed_everything"]),
+        ledger,
     )
+    if cli.estimate:
+        pool = cli.prepared()
+        loop.check()
+        planner = _planner(cli, cli.model, scoring_precision)
+        costs = planner.clean(config["loop"], config["selection"], cli.model.save_merged)
+        print(planner.report([*pool, *costs]))
+        return
     open_run(cli.folder, cli.plain)
     with log_to(cli.folder):
         summary = loop.run()
     results = summary.pop("results")
-    print("\n" + results_markdown(results))
-    write_summary(cli.folder, summary)
+    ledger.store()
+    print(f"\n{results_markdown(results)}\n{ledger.markdown()}")
+    write_summary(cli.folder, {**summary, **ledger.summary()})
+
+
+def _planner(cli: _Cli, module: CleanedSFTModule, scoring_precision: str) -> Planner:
+    return Planner(
+        *(cli.datamodule, module.base, module.lora, cli.trainer, scoring_precision),
+        module.gradient_checkpointing,
+    )
+
+
+def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> str:
+    costs = cli.prepared()
+    data: TuluDataModule = cli.datamodule
+    # validation runs in the precision of training
+    planner = _planner(cli, module, str(cli.trainer.precision))
+    rows = Rows.of(TokenRows(data.table, data.chosen_rows()))
+    cost = planner.train(cli.folder.name, rows, stack=len(module.adapters))
+    if any(isinstance(callback, ModelCheckpoint) for callback in _callbacks(cli.trainer)):
+        # trained float32 weights and both moments of AdamW
+        cost.disk += 12 * planner.shape.trained(module.lora)
+    if module.save_merged and module.lora is not None:
+        cost.disk += parameter_bytes(planner.shape, planner.training.weights)
+    return planner.report([*costs, cost])
+
+
+def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
+    costs = cli.prepared()
+    data: TuluDataModule = cli.datamodule
+    # of the adapters, which are not read, the paper's size is assumed
+    trainer = cli.trainer
+    planner = Planner(data, module.base, LoraSettings(), trainer, str(trainer.precision))
+    rows = Rows.of(TokenRows(data.pool, data.chosen_rows()))
+    return planner.report(
+        [*costs, planner.score(cli.folder.name, rows, stack=len(module.adapters))]
+    )
+
+
+def _shape(base: BaseConfig) -> ModelShape:
+    return ModelShape.of_config(load_config(base), base.trust_remote_code)
 
 
 def _check_arms(files: list[str]) -> None:
@@ -398,6 +496,12 @@ def _mean(table: ScoreTable) -> float:
 
 def _first_line(thing: Any) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _begin() -> float:
+    """Set the messages up; when the call began, by `time.perf_counter`, imports included."""
+    _quieten()
+    return time.perf_counter() - import_seconds
 
 
 def _quieten() -> None:

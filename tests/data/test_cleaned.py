@@ -13,6 +13,7 @@ import pytest
 from conftest import byte_level_tokenizer, character_tokenizer, conversation, write_jsonl
 
 from tokenclean.arrow import MANIFEST
+from tokenclean.cleaning import apply as apply_module
 from tokenclean.cleaning.apply import ScoredRows, clean
 from tokenclean.data import cleaned as cleaned_module
 from tokenclean.data.cleaned import (
@@ -28,8 +29,8 @@ from tokenclean.data.formats import Reader
 from tokenclean.data.pool import TokenPool, build_pool, open_pool
 from tokenclean.data.rows import TokenRows
 from tokenclean.data.template import Tokeniser, fingerprint_tokenizer
+from tokenclean.scoring.table import HISTOGRAM, ScoreTable
 from tokenclean.scoring.table import KIND as SCORE_KIND
-from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.rules import RuleName, SelectionConfig
 
 CONTRACT = {
@@ -59,16 +60,26 @@ def pool(tmp_path: Path) -> TokenPool:
     return open_pool(tmp_path / "pool" / "train")
 
 
-WriteTable = Callable[[str, list[float], list[str]], ScoreTable]
+WriteTable = Callable[..., ScoreTable]
 
 
 @pytest.fixture
 def write_table(tmp_path: Path, pool: TokenPool) -> WriteTable:
-    """A score table with the given losses of all response tokens, end to end in pool order."""
+    """A score table with the given losses of all response tokens, end to end in pool order.
+
+    ``counts`` gives rows another number of losses than they have response tokens.
+    """
     from tokenclean.arrow import complete_folder, list_array, write_json, write_shard
 
-    def write(model: str, nll: list[float], trained_on: list[str]) -> ScoreTable:
-        pieces = np.split(np.array(nll, np.float32), np.cumsum(pool.response_counts())[:-1])
+    def write(
+        model: str,
+        nll: list[float],
+        trained_on: list[str],
+        counts: list[int] | None = None,
+        **facts: Any,
+    ) -> ScoreTable:
+        sizes = pool.response_counts() if counts is None else counts
+        pieces = np.split(np.array(nll, np.float32), np.cumsum(sizes)[:-1])
         positions = [pool.response_positions(i).astype(np.int32) for i in range(len(pool))]
         columns = {
             "id": pool.ids,
@@ -85,6 +96,7 @@ def write_table(tmp_path: Path, pool: TokenPool) -> WriteTable:
             "pool": pool.fingerprint,
             "model": model,
             "trained_on": trained_on,
+            **facts,
         }
         with complete_folder(tmp_path / model) as partial:
             write_shard(partial, 0, pa.record_batch(columns))
@@ -193,6 +205,116 @@ def test_scores_reasons_and_nulls_by_hand(
     assert rows.responses.tolist() == [2, 4, 6]
     assert rows[0].positions.tolist() == []
     assert rows[1].positions.tolist() == [prompt + 1, prompt + 2, prompt + 3]
+
+
+RULES = [
+    SelectionConfig("token_cleaning", keep=0.4),
+    SelectionConfig("token_cleaning", "sample", 0.4, always_keep_eos=True),
+    SelectionConfig("token_cleaning", keep=0.3, always_keep_eos=True, exclude_seen=True),
+    SelectionConfig("random", keep=0.5),
+    SelectionConfig("oracle"),
+]
+
+
+@pytest.mark.parametrize("config", RULES)
+def test_the_size_of_blocks_changes_nothing(
+    config: SelectionConfig,
+    pool: TokenPool,
+    write_table: WriteTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, reference = (
+        write_table(name, np.random.default_rng(i).normal(size=21).tolist(), ["id-2"])
+        for i, name in enumerate(("base", "reference"))
+    )
+    for rows in ([0, 1, 2, 3, 4, 5], [0, 2, 5]):
+        scored = ScoredRows(pool, np.array(rows), base, reference, round=1)
+        assert len(list(scored.blocks(config))) == 1
+        whole = clean(scored, config, 0, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(apply_module, "_BLOCK_TOKENS", 40)  # about a row and a half
+            assert len(list(scored.blocks(config))) > 1
+            parts = clean(scored, config, 0, tmp_path / "parts")
+        assert parts.keep.tolist() == whole.keep.tolist()
+        one, other = (pq.read_table(tmp_path / name / DATA) for name in ("whole", "parts"))
+        assert one.equals(other)
+        assert one.column("id").to_pylist() == [f"id-{row}" for row in rows]
+
+
+@pytest.mark.parametrize("config", RULES)
+def test_no_rows_at_all_make_an_empty_cleaned_pool(
+    config: SelectionConfig, pool: TokenPool, write_table: WriteTable, tmp_path: Path
+) -> None:
+    tables = write_table("base", [1.0] * 21, []), write_table("reference", [0.0] * 21, ["id-2"])
+    scored = ScoredRows(pool, np.zeros(0, dtype=np.int64), *tables, round=1)
+    selected = clean(scored, config, 0, tmp_path / "out")
+    assert (selected.ranked, selected.kept, selected.cut) == (0, 0, None)
+    assert len(CleanedPool(tmp_path / "out", tmp_path / "cache")) == 0
+
+
+def test_a_table_with_too_few_losses_for_a_row_names_the_sample(
+    pool: TokenPool, write_table: WriteTable, tmp_path: Path
+) -> None:
+    base = write_table("base", [0.0] * 21, [])
+    # Rows 2 and 3 have 3 and 4 response tokens: the total alone would not tell.
+    reference = write_table("reference", [0.0] * 21, [], counts=[1, 2, 4, 3, 5, 6])
+    scored = ScoredRows(pool, np.arange(6), base, reference, round=1)
+    message = "reference: sample 'id-2' has 4 scores for 3 response tokens"
+    with pytest.raises(ValueError, match=message):
+        clean(scored, SelectionConfig("token_cleaning"), 0, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "f.jsonl", "pool", "reference"]
+
+
+def test_a_loss_that_is_no_number_stops_the_selection(
+    pool: TokenPool, write_table: WriteTable, tmp_path: Path
+) -> None:
+    base = write_table("base", [0.0] * 20 + [float("nan")], [])
+    scored = ScoredRows(pool, np.arange(6), base, write_table("ref", [0.0] * 21, []), round=1)
+    with pytest.raises(ValueError, match="NaN"):
+        clean(scored, SelectionConfig("token_cleaning"), 0, tmp_path / "out")
+
+
+def test_the_share_near_the_cut_takes_both_tables_noise(
+    pool: TokenPool, write_table: WriteTable, tmp_path: Path
+) -> None:
+    zero = [0.0] * 21
+    base = write_table("base", [float(i) for i in range(21)], [], noise={"p99": 1.25})
+    config = SelectionConfig("token_cleaning", keep=0.5)
+    for name, facts, noise, near in (
+        ("known", {"noise": {"p99": 0.75}}, 2.0, 5 / 21),
+        ("unknown", {}, None, None),
+        ("unmeasured", {"noise": {}}, None, None),
+    ):
+        reference = write_table(name, zero, [], **facts)
+        scored = ScoredRows(pool, np.arange(6), base, reference, round=1)
+        # int(21 * 0.5) = 10: 11.0 is the cut, and 9.0, 10.0, 12.0 and 13.0 lie within 2 of it.
+        selected = clean(scored, config, 0, tmp_path / f"out-{name}")
+        assert (selected.cut, selected.near_cut) == (11.0, near)
+        manifest = CleanedPool(tmp_path / f"out-{name}", tmp_path / "cache").manifest
+        assert [manifest[k] for k in ("cut", "near_cut", "noise")] == [11.0, near, noise]
+
+
+def test_a_histogram_is_used_only_for_the_tables_and_rows_it_was_made_for(
+    pool: TokenPool, write_table: WriteTable, tmp_path: Path
+) -> None:
+    base = write_table("base", [float(i) for i in range(21)], [], content="one")
+    reference = write_table("reference", [0.0] * 21, [])
+    config, every = SelectionConfig("token_cleaning", keep=0.5), np.arange(6)
+
+    def kept(rows: np.ndarray = every, base: ScoreTable = base) -> int:
+        scored = ScoredRows(pool, rows, base, reference, round=1)
+        return clean(scored, config, 0, tmp_path / "out").kept
+
+    # A histogram of anything else shows by being refused when it is looked at.
+    np.savez_compressed(
+        reference.folder / HISTOGRAM, counts=np.ones(65536, dtype=np.int64), against="one"
+    )
+    with pytest.raises(ValueError, match="not that of these scores"):
+        kept()
+    assert kept(rows=np.array([1, 3, 5])) == 6
+    assert kept(base=write_table("other", [0.0] * 21, [], content="two")) == 10
+    assert kept(base=write_table("old", [0.0] * 21, [])) == 10
 
 
 @pytest.mark.parametrize("rule", ["full", "random", "oracle"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenclean.selection import topk
 from tokenclean.selection.rules import SelectionConfig, TokenBlock, select
+from tokenclean.selection.topk import Histogram, ordered_keys
 
 KEEPS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 VALUES = [-np.inf, -2.5, -1e-300, -0.0, 0.0, 0.0, 0.5, 0.5, 3.0, np.inf]
@@ -204,6 +207,106 @@ def test_random_keeps_every_place_about_equally_often() -> None:
     assert (abs(times - 200) < 50).all()
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_the_share_near_the_cut_equals_brute_force(noise: float) -> None:
+    for seed in range(8):
+        rows = random_rows(seed)
+        for row in rows:
+            row.score = [random.Random(f"{seed} {s}").uniform(-1, 1) for s in row.score]
+        for eos, unseen in ((False, False), (True, False), (False, True), (True, True)):
+            config = SelectionConfig("token_cleaning", "global", 0.4, eos, unseen)
+            got = select(blocks_of(rows, [3, 8]), config, noise=noise)
+            ranked = [
+                (score, eos and is_eos)
+                for row in rows
+                if not (unseen and row.seen)
+                for score, is_eos in zip(row.score, row.eos, strict=True)
+            ]
+            assert got.ranked == len(ranked)
+            if got.cut is None:  # so many EOS that nothing is kept by its score
+                assert got.near_cut is None
+                continue
+            # An EOS that goes first is kept wherever its score lies.
+            near = [s for s, forced in ranked if not forced and abs(s - got.cut) <= noise]
+            assert got.near_cut == len(near) / len(ranked)
+            assert select(blocks_of(rows, []), config).near_cut is None
+
+
+@pytest.mark.parametrize("rule, scope", [("token_cleaning", "sample"), ("random", "global")])
+def test_without_a_cut_by_score_nothing_is_near_it(rule: Any, scope: Any) -> None:
+    config = SelectionConfig(rule, scope, 0.5)
+    assert select(blocks_of(random_rows(0), []), config, noise=9.0).near_cut is None
+
+
+@pytest.mark.parametrize("rule", ["token_cleaning", "random", "full", "oracle"])
+def test_the_mask_goes_where_it_is_wanted(rule: Any) -> None:
+    rows = random_rows(4)
+    room = np.zeros(sum(len(r.score) for r in rows), dtype=bool)
+    config = SelectionConfig(rule, keep=0.5)
+    want = select(blocks_of(rows, [2]), config).keep
+    got = select(blocks_of(rows, [2]), config, out=room)
+    assert got.keep is room and got.keep.tolist() == want.tolist()
+    assert got.kept == want.sum() > 0
+
+
+def test_memory_does_not_grow_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "_FEW", 0)  # the same passes for any number of tokens
+    size = 5000
+    config = SelectionConfig("token_cleaning", keep=0.6)
+    peaks = {}
+    for number in (2, 60):
+
+        def blocks(number: int = number) -> Iterable[TokenBlock]:
+            for i in range(number):
+                score = np.random.default_rng(i).normal(size=size)
+                one, no = np.ones(1, dtype=np.int64), np.zeros(1, dtype=bool)
+                yield TokenBlock(one * i, one * size, score, None, None, no)
+
+        room = np.zeros(number * size, dtype=bool)
+        tracemalloc.start()
+        select(blocks, config, noise=0.1, out=room)
+        peaks[number] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # Thirty times the tokens: 2.4 MB of scores, when two histograms and their sums take 1.6 MB.
+    assert peaks[60] < 1.05 * peaks[2]
+
+
+def test_a_known_histogram_changes_nothing_and_is_only_used_where_it_fits() -> None:
+    rows = random_rows(2)
+    known, wrong = Histogram(), Histogram()
+    known.add(ordered_keys(np.array([s for r in rows for s in r.score])))
+    wrong.add(ordered_keys(np.array([s - 1e3 for r in rows for s in r.score])))
+    for scope in ("global", "sample"):
+        for eos, unseen in ((False, False), (True, False), (False, True)):
+            config = SelectionConfig("token_cleaning", scope, 0.4, eos, unseen)  # type: ignore[arg-type]
+            want = select(blocks_of(rows, [5]), config)
+            if scope == "global" and not (eos or unseen):
+                got = select(blocks_of(rows, [5]), config, histogram=known)
+                with pytest.raises(ValueError, match="not that of these scores"):
+                    select(blocks_of(rows, [5]), config, histogram=wrong)
+            else:
+                got = select(blocks_of(rows, [5]), config, histogram=wrong)
+            assert (got.keep == want.keep).all()
+            assert (got.ranked, got.kept, got.cut) == (want.ranked, want.kept, want.cut)
+
+
+def test_a_histogram_of_fewer_tokens_is_refused() -> None:
+    rows = [Row([3.0, 2.0, -1.0], [False] * 3, [1] * 3, False)]
+    fewer = Histogram()
+    fewer.add(ordered_keys(np.array([3.0, 2.0])))
+    config = SelectionConfig("token_cleaning", keep=0.5)
+    with pytest.raises(ValueError, match="not that of these scores"):
+        select(blocks_of(rows, []), config, histogram=fewer)
+
+
+def test_rows_without_a_response_token_are_passed_over() -> None:
+    rows = [Row([], [], [], False), Row([2.0, 1.0], [False] * 2, [1] * 2, False),
+            Row([], [], [], False)]  # fmt: skip
+    for scope in ("global", "sample"):
+        config = SelectionConfig("token_cleaning", scope, 0.5)  # type: ignore[arg-type]
+        assert select(blocks_of(rows, []), config).keep.tolist() == [True, False]
+
+
 def test_nan_stops_the_selection() -> None:
     row = Row([0.0, float("nan"), 1.0], [False] * 3, [1] * 3, False)
     for scope in ("global", "sample"):
@@ -230,7 +333,7 @@ def test_rules_say_what_they_lack() -> None:
 
     def bare() -> Iterable[TokenBlock]:
         for block in blocks_of([row], [])():
-            block.score, block.truth = None, None
+            block.score, block.is_eos, block.truth = None, None, None
             yield block
 
     for scope in ("global", "sample"):
@@ -238,6 +341,8 @@ def test_rules_say_what_they_lack() -> None:
             select(bare, SelectionConfig("token_cleaning", scope))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a pool with planted truth"):
         select(bare, SelectionConfig("oracle"))
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        select(bare, SelectionConfig("random", always_keep_eos=True))
     assert select(bare, SelectionConfig("random", keep=0.5)).kept == 1
     assert select(bare, SelectionConfig("full")).kept == 2
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from tokenclean.arrow import ListColumn, lists_of
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
-from tokenclean.scoring.table import ScoreTable
+from tokenclean.scoring.table import ScoreTable, scores
 from tokenclean.selection.rules import (
     BELOW_CUT,
     KEPT,
@@ -26,9 +28,10 @@ from tokenclean.selection.rules import (
     TokenBlock,
     select,
 )
+from tokenclean.selection.topk import Histogram
 
-#: Rows gathered at a time: bounds memory, whatever the size of the pool.
-_BLOCK_ROWS = 1024
+#: Tokens looked at at a time: enough to forget Python, few enough to stay in the cache.
+_BLOCK_TOKENS = 1 << 17
 
 
 @dataclasses.dataclass
@@ -66,78 +69,74 @@ class ScoredRows:
                     f"{self.reference.folder}'s model with adapters on top"
                 )
         self.counts = self.pool.response_counts()[self.rows]
-        self._gathered: dict[str, np.ndarray] | None = None
-        seen = self.reference.trained_on() if self.reference is not None else set()
-        self.seen = np.array([self.pool.ids[r] in seen for r in self.rows], dtype=bool)
+        self.seen = np.zeros(len(self.rows), dtype=bool)
+        if self.reference is not None and (trained_on := self.reference.trained_on()):
+            self.seen = self.pool.ids.among(trained_on)[self.rows]
 
-    def nll(self, table: ScoreTable, row: int) -> np.ndarray:
-        """Losses of one pool row.
+    @property
+    def noise(self) -> float | None:
+        """What a score may be off by, in nats, if both tables state it: the sum of theirs."""
+        total = 0.0
+        for table in (self.base, self.reference):
+            noise = None if table is None else (table.manifest.get("noise") or {}).get("p99")
+            if noise is None:
+                return None
+            total += noise
+        return total
 
-        Raises:
-            ValueError: if their number is not the row's number of response tokens.
-        """
-        values = table.of_row(row)
-        expected = int(self.pool.response_mask[row].sum())
-        if len(values) != expected:
-            raise ValueError(
-                f"{table.folder}: sample {self.pool.ids[row]!r} has {len(values)} scores for "
-                f"{expected} response tokens"
-            )
-        return values
-
-    def score(self, row: int) -> np.ndarray | None:
-        """float64(base nll) - float64(reference nll), Eq. (3), of one pool row."""
+    def histogram(self) -> Histogram | None:
+        """Of the scores' keys, if the reference table was written with it and fits these rows."""
         if self.base is None or self.reference is None:
             return None
-        base = self.nll(self.base, row).astype(np.float64)
-        return base - self.nll(self.reference, row).astype(np.float64)
+        if not np.array_equal(self.rows, self.reference.rows):
+            return None
+        return self.reference.histogram(self.base)
 
-    def blocks(self) -> Iterator[TokenBlock]:
-        """The rows' response tokens, block by block; selection asks for them once per pass."""
-        if self._gathered is None:
-            self._gathered = self._gather()
-        tokens = self._gathered
-        stops = np.cumsum(self.counts)
-        for first in range(0, len(self.rows), _BLOCK_ROWS):
-            last = min(first + _BLOCK_ROWS, len(self.rows))
-            at = slice(int(stops[first] - self.counts[first]), int(stops[last - 1]))
+    def parts(self) -> Iterator[slice]:
+        """The rows, cut into blocks of about `_BLOCK_TOKENS` tokens: slices of ``rows``."""
+        stops = np.cumsum(self.pool.input_ids.counts()[self.rows])
+        edges = np.flatnonzero(np.diff(stops // _BLOCK_TOKENS)) + 1
+        for first, last in pairwise([0, *edges.tolist(), len(self.rows)]):
+            if first < last:
+                yield slice(first, last)
+
+    def blocks(self, config: SelectionConfig) -> Iterator[TokenBlock]:
+        """The rows' response tokens, block by block, with what the rule needs to know of them.
+
+        Selection asks for them once per pass: they are read from the memory maps each time, which
+        takes a few nanoseconds per token and no memory.
+        """
+        for part in self.parts():
+            is_eos = truth = score = None
+            if config.needs_scores and self.base is not None and self.reference is not None:
+                score = scores(self.nll(self.base, part), self.nll(self.reference, part))
+            if config.always_keep_eos:
+                is_eos = self._at_responses(self.pool.input_ids, part) == self.pool.eos_id
+            if config.needs_truth and self.pool.truth is not None:
+                truth = self._at_responses(self.pool.truth, part)
             yield TokenBlock(
-                rows=self.rows[first:last],
-                counts=self.counts[first:last],
-                score=tokens["score"][at] if "score" in tokens else None,
-                is_eos=tokens["is_eos"][at],
-                truth=tokens["truth"][at] if "truth" in tokens else None,
-                seen=self.seen[first:last],
+                self.rows[part], self.counts[part], score, is_eos, truth, self.seen[part]
             )
 
-    def _gather(self) -> dict[str, np.ndarray]:
-        """Score, EOS flag and truth of every response token, in files rather than in memory."""
-        kinds: dict[str, type] = {"is_eos": np.bool_}
-        if self.base is not None and self.reference is not None:
-            kinds["score"] = np.float64
-        if self.pool.truth is not None:
-            kinds["truth"] = np.int8
-        size = int(self.counts.sum())
-        tokens: dict[str, np.ndarray] = {
-            # An unnamed file goes away with its map, so nothing is left to close.
-            name: np.memmap(
-                tempfile.TemporaryFile(),  # noqa: SIM115
-                dtype=kind,
-                mode="w+",
-                shape=(size,),
+    def _at_responses(self, column: ListColumn, part: slice) -> np.ndarray:
+        rows = self.rows[part]
+        return column.take(rows)[1][self.pool.response_mask.take(rows)[1]]
+
+    def nll(self, table: ScoreTable, part: slice) -> np.ndarray:
+        """Losses of the response tokens of a block of rows, float32.
+
+        Raises:
+            ValueError: if the table lacks a row, or has not one loss for each response token.
+        """
+        rows, counts = self.rows[part], self.counts[part]
+        found, values = table.of_rows(rows)
+        wrong = np.flatnonzero(found != counts)
+        if len(wrong):
+            raise ValueError(
+                f"{table.folder}: sample {self.pool.ids[int(rows[wrong[0]])]!r} has "
+                f"{found[wrong[0]]} scores for {counts[wrong[0]]} response tokens"
             )
-            for name, kind in kinds.items()
-        }
-        stop = 0
-        for row in map(int, self.rows):
-            positions = self.pool.response_positions(row)
-            at = slice(stop, stop := stop + len(positions))
-            tokens["is_eos"][at] = self.pool.input_ids[row][positions] == self.pool.eos_id
-            if "score" in tokens:
-                tokens["score"][at] = self.score(row)
-            if self.pool.truth is not None:
-                tokens["truth"][at] = self.pool.truth[row][positions]
-        return tokens
+        return values
 
 
 def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) -> Selected:
@@ -158,13 +157,29 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         )
     if config.needs_truth and not scored.pool.has_truth:
         raise ValueError(f"rule: {config.rule} needs a pool with planted truth; this one has none")
-    selected = select(scored.blocks, config, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    selected = select(
+        lambda: scored.blocks(config),
+        config,
+        seed,
+        histogram=scored.histogram(),
+        noise=scored.noise,
+        out=_mask_file(folder.parent, int(scored.counts.sum())),
+    )
     schema = cleaned_schema(scored.pool.has_truth)
     write_cleaned_pool(
         folder,
         _cleaned_batches(scored, selected.keep, config.exclude_seen, schema),
         schema,
-        {**cleaned_manifest(scored, config, seed), **_outcome(selected)},
+        {
+            **cleaned_manifest(scored, config, seed),
+            "response_tokens": len(selected.keep),
+            "ranked_tokens": selected.ranked,
+            "kept_tokens": selected.kept,
+            "cut": selected.cut,
+            "near_cut": selected.near_cut,
+            "noise": scored.noise,
+        },
     )
     return selected
 
@@ -187,68 +202,69 @@ def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> 
     }
 
 
-def _outcome(selected: Selected) -> dict[str, Any]:
-    return {
-        "response_tokens": len(selected.keep),
-        "ranked_tokens": selected.ranked,
-        "kept_tokens": selected.kept,
-        "cut": selected.cut,
-    }
+def _mask_file(folder: Path, size: int) -> np.ndarray:
+    """Room for a keep mask, bool (size,), in a file rather than in memory."""
+    if size == 0:
+        return np.zeros(0, dtype=bool)
+    # A file without a name goes away with its map, so nothing is left to close.
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    return np.memmap(file, dtype=np.bool_, mode="w+", shape=(size,))
 
 
 def _cleaned_batches(
     scored: ScoredRows, keep: np.ndarray, exclude_seen: bool, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block."""
-    pool, start = scored.pool, 0
-    for first in range(0, len(scored.rows), _BLOCK_ROWS):
-        rows = [int(r) for r in scored.rows[first : first + _BLOCK_ROWS]]
-        tokens = [pool.input_ids[r] for r in rows]
-        masks = [pool.response_mask[r] for r in rows]
-        input_ids, response = np.concatenate(tokens), np.concatenate(masks)
-        counts = np.array([int(m.sum()) for m in masks])
-        kept = keep[start : start + int(counts.sum())]
-        start += len(kept)
+    pool, stop = scored.pool, 0
+    for part in scored.parts():
+        rows, counts = scored.rows[part], scored.counts[part]
+        lengths, input_ids = pool.input_ids.take(rows)
+        response = pool.response_mask.take(rows)[1]
+        answers = np.flatnonzero(response)
+        kept = answers[keep[stop : (stop := stop + len(answers))]]
 
         labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
-        labels[response] = np.where(kept, input_ids[response], NO_LOSS)
-        left_out = np.where(exclude_seen & scored.seen[first : first + len(rows)], SEEN, BELOW_CUT)
+        labels[kept] = input_ids[kept]
         reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
-        reason[response] = np.where(kept, KEPT, np.repeat(left_out, counts))
+        left_out = np.where(exclude_seen & scored.seen[part], SEEN, BELOW_CUT)
+        reason[answers] = np.repeat(left_out, counts)
+        reason[kept] = KEPT
 
-        lengths = [len(t) for t in tokens]
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-
-        def aligned(values: np.ndarray | pa.Array, offsets: pa.Array = offsets) -> pa.Array:
-            return pa.ListArray.from_arrays(offsets, values)
-
-        def scores(
-            parts: list[np.ndarray | None], dtype: pa.DataType, response: np.ndarray = response
+        def known(
+            values: np.ndarray | None,
+            dtype: pa.DataType,
+            response: np.ndarray = response,
         ) -> pa.Array:
-            """Values at response tokens, null elsewhere; all null without a table."""
-            known = [part for part in parts if part is not None]
-            full = np.zeros(len(response), dtype=dtype.to_pandas_dtype())
-            if known:
-                full[response] = np.concatenate(known)
-            return pa.array(full, type=dtype, mask=~response | (not known))
+            """Values at response tokens, null elsewhere; all null without values."""
+            if values is None:
+                return pa.nulls(len(response), dtype)
+            full = np.zeros(len(response), dtype=values.dtype)
+            full[response] = values
+            return pa.array(full, mask=~response)
 
         base, reference = (
-            [None if table is None else scored.nll(table, r) for r in rows]
+            None if table is None else scored.nll(table, part)
             for table in (scored.base, scored.reference)
         )
+        score = None if base is None or reference is None else scores(base, reference)
         columns = {
-            "id": [pool.ids[r] for r in rows],
-            "source": [pool.sources[r] for r in rows],
-            "input_ids": aligned(input_ids),
-            "labels": aligned(labels),
-            "response_mask": aligned(response),
-            "base_nll": aligned(scores(base, pa.float32())),
-            "reference_nll": aligned(scores(reference, pa.float32())),
-            "score": aligned(scores([scored.score(r) for r in rows], pa.float64())),
-            "reason": aligned(reason),
-            "weight": aligned(np.ones(len(input_ids), dtype=np.float32)),
-            "round": np.full(len(rows), scored.round, dtype=np.int32),
+            "input_ids": input_ids,
+            "labels": labels,
+            "response_mask": response,
+            "base_nll": known(base, pa.float32()),
+            "reference_nll": known(reference, pa.float32()),
+            "score": known(score, pa.float64()),
+            "reason": reason,
+            "weight": np.ones(len(input_ids), dtype=np.float32),
         }
         if pool.truth is not None:
-            columns["truth"] = aligned(np.concatenate([pool.truth[r] for r in rows]))
-        yield pa.record_batch(columns, schema=schema)
+            columns["truth"] = pool.truth.take(rows)[1]
+        yield pa.record_batch(
+            {
+                "id": pool.ids.take(rows),
+                "source": pool.sources.take(rows),
+                "round": np.full(len(rows), scored.round, dtype=np.int32),
+                **{name: lists_of(lengths, values) for name, values in columns.items()},
+            },
+            schema=schema,
+        )

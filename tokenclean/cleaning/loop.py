@@ -4,7 +4,7 @@ Fixed-model and self-evolving cleaning are two schedules of one loop. Every step
 that appears only when it is complete, so a run that was cut off goes on where it stopped:
 
     outputs/<run>/
-      config.yaml  log.txt  summary.json  times.json  results.md  results.json
+      config.yaml  log.txt  summary.json  results.md  results.json  costs.md  costs.json
       scores/base/            every row of the pool under theta_0, shared by all arms
       scores/warmup/          every row under the warm-up model, if an arm asks for it
       warmup/                 cleaned/ (D_0, all kept), adapter/ (theta_1)
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,22 +33,33 @@ from lightning import Trainer, seed_everything
 from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, write_json
 from tokenclean.cleaning.apply import ScoredRows, clean
 from tokenclean.cleaning.results import ArmResult, write_results
+from tokenclean.costs import (
+    SHARED,
+    Cost,
+    Ledger,
+    Stage,
+    charge_scoring,
+    charge_training,
+    directory_bytes,
+    tokenise,
+)
 from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.estimate import ModelShape
 from tokenclean.evaluation.planted import answer_accuracy, mask_quality, mean_nll
 from tokenclean.models import TRAINED_IDS, Network, trained_ids
+from tokenclean.models.loading import load_config
 from tokenclean.runs import stop_if_interrupted
-from tokenclean.scoring.module import ScoringModule, score_manifest
-from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.scoring.cache import ScoreCache
+from tokenclean.scoring.module import ScoringModule, score_pool
+from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.rules import RuleName, Scope, SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
 
-#: seconds spent per kind of work, over all calls that the run took
-TIMES = "times.json"
 Schedule = Literal["warmup", "fixed_model", "self_evolving"]
 
 
@@ -149,6 +160,7 @@ class CleaningLoop:
         loop: arms and schedules.
         folder: the run folder.
         seed: of adapters, dropout and the random rule.
+        ledger: where its costs go.
     """
 
     def __init__(
@@ -160,10 +172,11 @@ class CleaningLoop:
         loop: LoopConfig,
         folder: Path,
         seed: int,
+        ledger: Ledger,
     ):
         self.make_module, self.make_trainer = make_module, make_trainer
         self.data, self.selection, self.loop = data, selection, loop
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.ledger = folder, seed, ledger
         self.template = make_module()
         if self.template.adapters:
             raise ValueError("model.adapters: `clean` starts from the bare base; leave them out")
@@ -175,10 +188,6 @@ class CleaningLoop:
         self._holds_base = True
         #: folders this call has made or named
         self._known: set[Path] = set()
-        stored = folder / TIMES
-        self._seconds: dict[str, float] = (
-            json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-        )
 
     @property
     def pool(self) -> TokenPool:
@@ -190,9 +199,8 @@ class CleaningLoop:
 
     def run(self) -> dict[str, Any]:
         """Every arm in order; returns the run's summary and, as ``results``, the arms'."""
-        self.data.prepare_data()
-        self.data.setup()
-        self._check()
+        tokenise(self.data, self.ledger)
+        self.check()
         parts = self.data.subset_rows()
         results = [self._evaluated("base", self.folder / "base", [])]
         if any(arm.needs_scores for arm in self.loop.arms.values()):
@@ -208,11 +216,15 @@ class CleaningLoop:
             "samples": len(self.pool),
             "response_tokens": int(self.pool.response_counts().sum()),
             "arms": len(results),
-            **{f"{k}_seconds": round(v, 2) for k, v in self._seconds.items()},
             "results": results,
         }
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse arms that do not go with the data, which must be set up.
+
+        Raises:
+            ValueError: naming the option.
+        """
         needs_truth = [
             n for n, a in self.loop.arms.items() if a.selection(self.selection).needs_truth
         ]
@@ -265,7 +277,8 @@ class CleaningLoop:
 
     def _base_scores(self) -> ScoreTable:
         rows = np.arange(len(self.pool))
-        return self._score(self.folder / "scores" / "base", rows, lambda: self._at_base(), [])
+        folder = self.folder / "scores" / "base"
+        return self._score(folder, rows, lambda: self._at_base(), [], shared=True)
 
     def _warm_up(self, rows: np.ndarray) -> None:
         """theta_1: the base trained on every response token of D_0."""
@@ -284,7 +297,12 @@ class CleaningLoop:
         adapter = self.folder / "warmup" / "adapter"
         rows = np.arange(len(self.pool))
         return self._score(
-            self.folder / "scores" / "warmup", rows, lambda: self._at([adapter]), [adapter]
+            self.folder / "scores" / "warmup",
+            rows,
+            lambda: self._at([adapter]),
+            [adapter],
+            against=self._base_scores(),
+            shared=True,
         )
 
     def _score(
@@ -294,31 +312,44 @@ class CleaningLoop:
         get_network: Callable[[], Network],
         adapters: list[Path],
         depth: int | None = None,
+        against: ScoreTable | None = None,
+        shared: bool = False,
     ) -> ScoreTable:
+        """A score table of the run, made if it is not there yet.
+
+        Args:
+            folder: where it is.
+            rows: pool rows to score.
+            get_network: the model, asked for only if it must run.
+            adapters: what is stacked on the base in it.
+            depth: how many of the stack count; all by default.
+            against: the base's table, for a reference.
+            shared: whether other runs may need the same table.
+        """
         if not (folder / MANIFEST).is_file():
             network = get_network()
-            with self._timed("score"), network.at_depth(network.depth if depth is None else depth):
+            depth = network.depth if depth is None else depth
+            with self._measured("score", folder) as cost, network.at_depth(depth):
                 token_rows = TokenRows(self.pool, rows)
-                manifest = score_manifest(
-                    self.pool,
-                    self.template.base,
-                    [str(a) for a in adapters],
-                    network,
-                    self.data.token_budget,
-                )
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                trainer = self.make_trainer(
-                    logger=False,
-                    callbacks=[ScoreWriter(token_rows, folder, manifest)],
-                    scoring=True,
-                )
                 module = ScoringModule(self.template.base)
+                # After full fine-tuning these are whole models.
+                module.adapters = [str(a) for a in adapters]
                 module.network = network
-                loader = self.data.scoring_loader(token_rows)
-                trainer.predict(module, loader, return_predictions=False)
-                stop_if_interrupted(trainer)
+                ran = score_pool(
+                    module,
+                    self.make_trainer(logger=False, scoring=True),
+                    self.data.scoring_loader(token_rows),
+                    token_rows,
+                    folder,
+                    self.data.token_budget,
+                    ScoreCache(self._cache / "scores") if shared else None,
+                    against,
+                )
+                if ran:
+                    charge_scoring(cost, self.shape, token_rows)
+                    log.info("scored %d samples into %s", len(rows), folder)
+                cost.disk = directory_bytes([folder])
             self._known.add(folder)
-            log.info("scored %d samples into %s", len(rows), folder)
         self._say_if_found(folder)
         return ScoreTable(folder)
 
@@ -347,21 +378,23 @@ class CleaningLoop:
         trainer = self.make_trainer(log_folder=step, **changes)
         rows = TokenRows(CleanedPool(step / "cleaned", self._cache))
         validation = self.data.validation
-        with self._timed("train"):
+        with self._measured("train", step) as cost:
             trainer.fit(
                 module,
                 self.data.training_loader(rows),
                 None if validation is None else self.data.scoring_loader(TokenRows(validation)),
             )
-        stop_if_interrupted(trainer)
-        network.freeze()
-        ids = set(rows.ids_with_targets()).union(*(trained_ids(before) for before in stand_on))
-        with complete_folder(step / "adapter") as partial:
-            if self.full_tuning:
-                network.save_merged(partial, self.data.tokeniser.tokenizer)
-            else:
-                network.save_last_adapter(partial)
-            write_json(partial / TRAINED_IDS, sorted(ids))
+            stop_if_interrupted(trainer)
+            network.freeze()
+            ids = set(rows.ids_with_targets()).union(*(trained_ids(before) for before in stand_on))
+            with complete_folder(step / "adapter") as partial:
+                if self.full_tuning:
+                    network.save_merged(partial, self.data.tokeniser.tokenizer)
+                else:
+                    network.save_last_adapter(partial)
+                write_json(partial / TRAINED_IDS, sorted(ids))
+            charge_training(cost, self.shape, self.data, rows, trainer, module.lora)
+            cost.disk = directory_bytes([step / "adapter"])
 
     # -- arms ---------------------------------------------------------------------------------
 
@@ -406,8 +439,10 @@ class CleaningLoop:
                 in_memory = True
             base = reference = None
             if arm.needs_scores:
-                reference = self._score(step / "scores", rows, lambda: self.network, stack)
                 base = self._round_base(step, rows, stack)
+                reference = self._score(
+                    step / "scores", rows, lambda: self.network, stack, against=base
+                )
             scored = ScoredRows(self.pool, rows, base, reference, round=number)
             if scored.seen.any():
                 raise RuntimeError(f"round {number} scores rows that its reference was trained on")
@@ -435,9 +470,11 @@ class CleaningLoop:
             self._say_if_found(step / "cleaned")
             return
         step.mkdir(parents=True, exist_ok=True)
-        with self._timed("select"):
+        with self._measured("select", step) as cost:
             selected = clean(scored, selection, self.seed + scored.round, step / "cleaned")
             self._known.add(step / "cleaned")
+            cost.samples, cost.targets = len(scored.rows), len(selected.keep)
+            cost.disk = directory_bytes([step / "cleaned"])
         log.info(
             "%s: kept %d of %d response tokens%s%s",
             step,
@@ -475,9 +512,11 @@ class CleaningLoop:
             .combine_chunks()
             .to_batches()
         )
-        write_cleaned_pool(
-            folder / "cleaned", blocks, cleaned_schema(self.pool.has_truth), manifest
-        )
+        with self._measured("select", folder) as cost:
+            write_cleaned_pool(
+                folder / "cleaned", blocks, cleaned_schema(self.pool.has_truth), manifest
+            )
+            cost.disk = directory_bytes([folder / "cleaned"])
 
     def _publish(self, folder: Path, adapters: list[Path]) -> None:
         """The arm's model as one adapter; after full fine-tuning, a link to the last round's."""
@@ -488,9 +527,11 @@ class CleaningLoop:
             return
         network = self._at(adapters)
         ids = set().union(*(trained_ids(adapter) for adapter in adapters))
-        with complete_folder(folder / "adapter") as partial:
-            network.save_stack(partial)
-            write_json(partial / TRAINED_IDS, sorted(ids))
+        with self._measured("train", folder) as cost:
+            with complete_folder(folder / "adapter") as partial:
+                network.save_stack(partial)
+                write_json(partial / TRAINED_IDS, sorted(ids))
+            cost.disk = directory_bytes([folder / "adapter"])
 
     def _evaluated(
         self,
@@ -507,13 +548,18 @@ class CleaningLoop:
         # Lightning hands weights back to the CPU after every run.
         network = self._at(adapters).to(self._device)
         result = ArmResult(name=name)
-        with self._timed("evaluate"):
-            if self.data.test is not None:
-                loader = self.data.scoring_loader(TokenRows(self.data.test))
-                result.accuracy = answer_accuracy(network, self.data.test, loader)
-            if self.data.validation is not None:
-                loader = self.data.scoring_loader(TokenRows(self.data.validation))
-                result.validation_nll = mean_nll(network, self.data.validation, loader)
+        with self._measured("evaluate", folder) as cost:
+            with network.merged():
+                if self.data.test is not None:
+                    rows = TokenRows(self.data.test)
+                    loader = self.data.scoring_loader(rows)
+                    result.accuracy = answer_accuracy(network, self.data.test, loader)
+                    charge_scoring(cost, self.shape, rows)
+                if self.data.validation is not None:
+                    rows = TokenRows(self.data.validation)
+                    loader = self.data.scoring_loader(rows)
+                    result.validation_nll = mean_nll(network, self.data.validation, loader)
+                    charge_scoring(cost, self.shape, rows)
             if cleaned is not None:
                 # D_0, which is not cleaned, is left out.
                 rounds = cleaned.manifest.get("rounds", [None, cleaned.manifest])[1:]
@@ -521,8 +567,9 @@ class CleaningLoop:
                 result.kept_share = kept / max(ranked, 1)
                 if self.pool.has_truth:
                     result.mask = mask_quality(cleaned)
-        if self.template.save_merged and adapters and not self.full_tuning:
-            network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
+            if self.template.save_merged and adapters and not self.full_tuning:
+                network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
+                cost.disk = directory_bytes([folder / "merged"])
         write_json(stored, result.to_json())
         return result
 
@@ -533,11 +580,20 @@ class CleaningLoop:
             log.info("%s is there already", folder)
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
-        write_json(self.folder / TIMES, self._seconds)
+    def _measured(self, stage: Stage, folder: Path) -> Iterator[Cost]:
+        """Charge a stage to the arm and round that its folder belongs to."""
+        first, *rest = folder.relative_to(self.folder).parts
+        arm = rest[0] if first == "arms" else "base" if first == "base" else SHARED
+        rounds = [int(p.removeprefix("round_")) for p in rest[1:] if p.startswith("round_")]
+        number = rounds[0] if rounds else 0 if first == "warmup" else None
+        with self.ledger.measure(arm, stage, number, lambda: self._network) as cost:
+            yield cost
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Of the base: what its FLOPs follow from."""
+        base = self.template.base
+        return ModelShape.of_config(load_config(base), base.trust_remote_code)
 
     @property
     def _cache(self) -> Path:

@@ -46,6 +46,7 @@ class Batch:
         input_ids: int64, (1, T) packed or (B, T) padded.
         position_ids: int64, like ``input_ids``; starts at 0 in every sample.
         segments: lengths of the packed samples, or None when padded.
+        bounds: where packed samples begin, and the end: int32, (samples + 1,).
         predicting: index of the hidden row (in the flattened B * T) that predicts each target,
             int64, (N,).
         targets: token ids, int64, (N,).
@@ -57,6 +58,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     segments: list[int] | None
+    bounds: Tensor
     predicting: Tensor
     targets: Tensor
     weights: Tensor
@@ -71,7 +73,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "position_ids", "predicting", "targets", "weights")
+            for name in ("input_ids", "position_ids", "bounds", "predicting", "targets", "weights")
         }
         return replace(self, **moved)
 
@@ -106,6 +108,7 @@ def collate(samples: Sequence[Sample], layout: Layout = "packed", pad_id: int = 
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         position_ids=torch.from_numpy(position_ids.reshape(shape)),
         segments=lengths if layout == "packed" else None,
+        bounds=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
         predicting=torch.from_numpy(
             np.concatenate(
                 [none, *(a + s.positions - 1 for a, s in zip(starts, samples, strict=True))]

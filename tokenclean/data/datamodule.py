@@ -295,7 +295,7 @@ class TuluDataModule(LightningDataModule):
         # Every process gets as many batches as the others, some of them empty: a process without
         # any would be refused or fall out of step.
         plan += [np.zeros(0, dtype=np.int64)] * (-len(plan) % world)
-        mine = _PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
+        mine = PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
         return DataLoader(mine, batch_size=None)
 
     def training_loader(self, rows: TokenRows) -> DataLoader:
@@ -323,7 +323,7 @@ class TuluDataModule(LightningDataModule):
 
 
 @dataclass
-class _PlannedBatches(Dataset[Batch]):
+class PlannedBatches(Dataset[Batch]):
     """Item i is batch i of a plan.
 
     Whole batches are the items because Lightning rebuilds custom batch samplers for `predict`.

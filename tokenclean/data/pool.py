@@ -23,6 +23,7 @@ from tokenclean.arrow import (
     MANIFEST,
     ROWS_PER_SHARD,
     ArrowTable,
+    ListColumn,
     complete_folder,
     list_array,
     write_json,
@@ -72,6 +73,33 @@ class SourceStatistics:
         self.overall_length += sample.full_length
 
 
+def extents(column: ListColumn, none: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Where the targets of each row end, and how many there are.
+
+    Args:
+        column: response masks, or labels.
+        none: the value of a position that is no target. The first position never is one: nothing
+            precedes it, so nothing can predict it.
+
+    Returns:
+        Position of each row's last target (0 without one) and number of its targets, both int64.
+    """
+    lengths, counts = np.zeros((2, len(column)), dtype=np.int64)
+    for first, sizes, values in column.blocks():
+        stops = np.cumsum(sizes)
+        starts = stops - sizes
+        targets = values != none
+        targets[starts[sizes > 0]] = False
+        places = np.flatnonzero(targets)
+        # Of the block's targets, the row's are those from `after[i - 1]` up to `after[i]`.
+        after = np.searchsorted(places, stops)
+        rows = slice(first, first + len(sizes))
+        counts[rows] = np.diff(after, prepend=0)
+        some = counts[rows] > 0
+        lengths[rows][some] = places[after[some] - 1] - starts[some]
+    return lengths, counts
+
+
 class TokenPool(ArrowTable):
     """A tokenised pool on disk."""
 
@@ -101,12 +129,7 @@ class TokenPool(ArrowTable):
 
     def response_counts(self) -> np.ndarray:
         """Response tokens of every row, int64."""
-        parts = []
-        for _, counts, mask in self.response_mask.blocks():
-            stops = np.cumsum(counts)
-            running = np.concatenate([[0], np.cumsum(mask)])
-            parts.append(running[stops] - running[stops - counts])
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+        return extents(self.response_mask)[1]
 
     def order(self) -> np.ndarray:
         """The ordering column, float64."""

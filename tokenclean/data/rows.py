@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from tokenclean.arrow import ArrowTable, ListColumn
 from tokenclean.data.batches import Sample
-from tokenclean.data.pool import TokenPool
+from tokenclean.data.pool import TokenPool, extents
 
 NO_LOSS = -100
 
@@ -35,10 +35,10 @@ class TokenRows(Dataset[Sample]):
         self._mask = table.lists("response_mask")
         if not isinstance(table, TokenPool):
             self._labels, self._weights = table.lists("labels"), table.lists("weight")
-        lengths, responses = _extents(self._mask, len(table))
+        lengths, responses = extents(self._mask)
         counts = responses
         if self._labels is not None:
-            lengths, counts = _extents(self._labels, len(table))
+            lengths, counts = extents(self._labels, NO_LOSS)
         self.lengths, self.counts = lengths[self.rows], counts[self.rows]
         self.responses = responses[self.rows]
 
@@ -47,8 +47,8 @@ class TokenRows(Dataset[Sample]):
 
     def ids_with_targets(self) -> list[str]:
         """Ids of the samples that teach something: what a model trained on these rows has seen."""
-        ids = self.table.texts("id")
-        return [ids[int(row)] for row in self.rows[self.counts > 0]]
+        ids: list[str] = self.table.texts("id").take(self.rows[self.counts > 0]).to_pylist()
+        return ids
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
@@ -62,18 +62,3 @@ class TokenRows(Dataset[Sample]):
             positions = np.flatnonzero(self._labels[row][1:] != NO_LOSS) + 1
             weights = self._weights[row][positions]
         return Sample(row=row, input_ids=input_ids, positions=positions, weights=weights)
-
-
-def _extents(column: ListColumn, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Last target and number of targets of each row, of a mask or a label column."""
-    lengths, counts = np.zeros((2, rows), dtype=np.int64)
-    for first, sizes, values in column.blocks():
-        chosen = np.flatnonzero(values if values.dtype == bool else values != NO_LOSS)
-        starts = np.cumsum(sizes) - sizes
-        owner = np.searchsorted(starts, chosen, side="right") - 1
-        place = chosen - starts[owner]
-        owner, place = owner[place > 0], place[place > 0]
-        # Ascending positions: the last write per row is its last target.
-        lengths[first + owner] = place
-        counts[first : first + len(sizes)] = np.bincount(owner, minlength=len(sizes))
-    return lengths, counts

@@ -53,11 +53,11 @@ def answer_accuracy(
     """
     if pool.truth is None:
         raise ValueError("data.test_path: its samples carry no `truth` spans that mark the answers")
-    device = network.hf.get_input_embeddings().weight.device
     result: dict[str, Accuracy] = {}
     for batch in batches:
-        moved = batch.to(device)
-        right = (network.greedy(moved) == moved.targets).cpu()
+        with network.clock(batch.tokens):
+            moved = batch.to(network.device)
+            right = (network.greedy(moved) == moved.targets).cpu()
         for row, hits in batch.split(right):
             positions = pool.response_positions(row)
             answer = pool.truth[row][positions] == 1
@@ -74,11 +74,11 @@ def answer_accuracy(
 @torch.no_grad()
 def mean_nll(network: Network, pool: TokenPool, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss per response token in nats, per source and over all."""
-    device = network.hf.get_input_embeddings().weight.device
     sums: dict[str, list[float]] = {}
     for batch in batches:
-        moved = batch.to(device)
-        for row, nll in moved.split(network(moved).double()):
+        with network.clock(batch.tokens):
+            losses = network(batch.to(network.device)).double()
+        for row, nll in batch.split(losses):
             for key in (pool.sources[row], ALL):
                 tally = sums.setdefault(key, [0.0, 0.0])
                 tally[0] += float(nll.sum())

@@ -8,18 +8,21 @@ from tokenclean.models.adapters import (
     check_adapter_folder,
     trained_ids,
 )
-from tokenclean.models.loading import BaseConfig, check_base, load_config, load_tokenizer
+from tokenclean.models.loading import BaseConfig, Speed, check_base, load_config, load_tokenizer
 from tokenclean.models.network import Network
+from tokenclean.models.passes import in_float32
 
 __all__ = [
     "TRAINED_IDS",
     "BaseConfig",
     "LoraSettings",
     "Network",
+    "Speed",
     "adapter_folders",
     "adapter_tensors",
     "check_adapter_folder",
     "check_base",
+    "in_float32",
     "load_config",
     "load_tokenizer",
     "trained_ids",

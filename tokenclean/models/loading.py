@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,24 @@ from tokenclean.data.template import vocabulary_hash
 log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Speed:
+    """Techniques that save work and change results by rounding at most; each can be switched off.
+
+    Args:
+        gather_last_layer: finish the last decoder layer only where a token is predicted.
+        lean_lora: add LoRA updates in place and without casts, instead of peft's own forward pass.
+        merge: add frozen adapters to a copy of the weights, where memory allows: for scoring, and
+            in float32 for training on top of them.
+        varlen_attention: one variable-length attention call for a packed row, where the GPU has it.
+    """
+
+    gather_last_layer: bool = True
+    lean_lora: bool = True
+    merge: bool = True
+    varlen_attention: bool = True
 
 
 @dataclass
@@ -32,6 +50,7 @@ class BaseConfig:
             LoRA only.
         layout: ``packed`` rows without padding, ``padded`` batches, or ``auto``: packed wherever a
             probe shows that the model computes the same with it.
+        speed: see `Speed`.
     """
 
     name: str
@@ -41,6 +60,7 @@ class BaseConfig:
     trust_remote_code: bool = False
     load_in_4bit: bool = False
     layout: Literal["auto", "packed", "padded"] = "auto"
+    speed: Speed = field(default_factory=Speed)
 
 
 def load_tokenizer(base: BaseConfig) -> Any:

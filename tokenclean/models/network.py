@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tokenclean.data.batches import Batch, Layout, Sample, collate
 from tokenclean.loss import Head, greedy_tokens, token_nll
+from tokenclean.machine import free_memory, settled
 from tokenclean.models.adapters import (
     LoraSettings,
     check_adapter_folder,
@@ -30,8 +32,14 @@ from tokenclean.models.adapters import (
     share,
     write_adapter,
 )
-from tokenclean.models.attention import SEGMENTS
-from tokenclean.models.loading import BaseConfig
+from tokenclean.models.attention import SEGMENTS, Segments
+from tokenclean.models.loading import BaseConfig, Speed
+from tokenclean.models.passes import (
+    BackwardRows,
+    gather_last_layer,
+    lean_lora,
+    whole_last_layer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +54,35 @@ class Network(nn.Module):
         training_full: all weights are trained, no adapters (``lora: null``).
     """
 
-    def __init__(self, hf: Any, layout: Literal["auto", "packed", "padded"] = "auto"):
+    def __init__(
+        self,
+        hf: Any,
+        layout: Literal["auto", "packed", "padded"] = "auto",
+        speed: Speed | None = None,
+    ):
         super().__init__()
         self.hf = hf
+        self.speed = speed or Speed()
         self.stack: list[str] = []
         self.training_full = False
+        #: approximate: gradients flow through the rows that predict kept tokens only
+        self.kept_backward = False
+        #: seconds spent in passes and steps, and tokens they computed, padding included
+        self.seconds = 0.0
+        self.tokens = 0
         #: how many adapters of the stack are active
         self.depth = 0
         self._base_fingerprint: str | None = None
         self._peft: list[Any] = []  # in a list: its modules already live in `hf`
+        self._backward = BackwardRows()
+        #: weights that hold merged adapters at the moment, with what they held before
+        self._unmerged: list[tuple[nn.Parameter, Tensor]] = []
+        self._gathers = False
         self.requires_grad_(False)
         self.eval()
         self.layout: Layout = self._choose_layout(layout)
+        if self.speed.gather_last_layer:
+            self._try_gathering()
 
     @classmethod
     def load(
@@ -97,7 +122,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"model.base.name: {base.name} could not be loaded: {error}"
             ) from error
-        network = cls(hf, base.layout)
+        network = cls(hf, base.layout, base.speed)
         log.info("base %s: %s weights, %s batches", base.name, dtype, network.layout)
         return network
 
@@ -115,21 +140,37 @@ class Network(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of the rows that predict the targets, shape (N, H)."""
-        if batch.segments is None:
-            # Right padding needs no mask: a causal model never looks at what comes later.
-            options: dict[str, Any] = {}
-        else:
+        # Right padding needs no mask: a causal model never looks at what comes later.
+        options: dict[str, Any] = {}
+        if batch.segments is not None:
             options = {
                 "position_ids": batch.position_ids,
-                "segments": batch.segments,
+                "segments": Segments(batch.segments, batch.bounds, self.speed.varlen_attention),
                 # Samples are kept apart by `segments`. Any 4-d mask stops transformers from
                 # building a T x T one from the position ids.
                 "attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)),
             }
+        if self._gathers:
+            options["predicting"] = batch.predicting
+        self._backward.chosen = batch.predicting if self.kept_backward else None
+        self._backward.total = batch.input_ids.numel()
         states = self.hf.base_model(
             input_ids=batch.input_ids, use_cache=False, **options
         ).last_hidden_state
-        return states.flatten(0, 1)[batch.predicting]
+        return states[0] if self._gathers else states.flatten(0, 1)[batch.predicting]
+
+    @contextmanager
+    def clock(self, tokens: int = 0) -> Iterator[None]:
+        """Count the block's time, and the tokens it computes, as model compute."""
+        started = settled(self.device)
+        yield
+        self.seconds += settled(self.device) - started
+        self.tokens += tokens
+
+    @property
+    def device(self) -> torch.device:
+        weight: Tensor = self.hf.get_input_embeddings().weight
+        return weight.device
 
     @property
     def head(self) -> Head:
@@ -169,6 +210,36 @@ class Network(nn.Module):
                 f"run in chunks ({error})"
             )
         return "padded"
+
+    def _try_gathering(self) -> None:
+        """Gather in the last layer if the model is built that way and agrees with itself."""
+        self._gathers = gather_last_layer(self.hf.base_model)
+        if self._gathers:
+            samples = self._probe_samples()
+            error = self._probe(samples, self._own_losses(samples), self.layout)
+            if error is not None:
+                log.info("the last layer does not gather (%s); it computes every row", error)
+                whole_last_layer(self.hf.base_model)
+                self._gathers = False
+
+    def check_on_device(self) -> None:
+        """Try variable-length attention where the weights now are; do without it if it fails."""
+        if self.layout != "packed" or not self.speed.varlen_attention or self.device.type != "cuda":
+            return
+        samples = self._probe_samples()
+        self.speed = replace(self.speed, varlen_attention=False)
+        batch = collate(samples, "packed").to(self.device)
+        with torch.no_grad():
+            want = self(batch)
+            self.speed = replace(self.speed, varlen_attention=True)
+            try:
+                gap = float((self(batch) - want).abs().max())
+                error = None if gap <= 0.2 else f"per-token losses differ by {gap:.3g}"
+            except (RuntimeError, ValueError, TypeError) as failure:
+                error = f"{type(failure).__name__}: {failure}"
+        if error is not None:
+            self.speed = replace(self.speed, varlen_attention=False)
+            log.warning("no variable-length attention on this device (%s)", error)
 
     def _full_attention(self) -> bool:
         # Without SDPA the attention does something of its own (softcap, sinks, biases).
@@ -223,12 +294,7 @@ class Network(nn.Module):
         if self.training_full:
             return _hash_tensors(dict(self.hf.state_dict()))
         if self._base_fingerprint is None:
-            plain = {
-                k.replace(".base_layer.", "."): v
-                for k, v in self.hf.state_dict().items()
-                if ".lora_" not in k
-            }
-            self._base_fingerprint = _hash_tensors(plain)
+            self._base_fingerprint = _hash_tensors(self._base_state())
         parts = [_hash_tensors(self._adapter_state(name)) for name in self.stack[: self.depth]]
         return "+".join([self._base_fingerprint, *parts])
 
@@ -301,11 +367,13 @@ class Network(nn.Module):
 
     def freeze(self) -> None:
         """End of training: nothing in the network takes gradients any more."""
+        self._activate(self.depth, train_last=False)
         self.requires_grad_(False)
         self.eval()
 
     def drop_adapters(self) -> None:
         """Back to the bare base."""
+        self._unmerge()
         if self._peft:
             self.hf = self._peft[0].unload()
             self._peft, self.stack, self.depth = [], [], 0
@@ -327,7 +395,7 @@ class Network(nn.Module):
         try:
             yield self
         finally:
-            self._activate(before, train_last=False)
+            self._activate(before, train_last=bool(trained))
             for holder, dropout in dropouts:
                 holder[last] = dropout
             for name, parameter in self.named_parameters():
@@ -336,17 +404,26 @@ class Network(nn.Module):
     def _activate(self, depth: int, train_last: bool) -> None:
         """Make the first ``depth`` adapters count.
 
-        peft switches gradients on for whatever it activates, so they are set again afterwards.
+        Under a trained one the frozen ones are merged where that rounds no more than adding them
+        does. peft switches gradients on for whatever it activates, so they are set again
+        afterwards.
         """
+        self._unmerge()
         self.depth = depth
         if not self._peft:
             return
+        if self.speed.lean_lora:
+            lean_lora(self.hf, self._backward)
         tuner = self._peft[0].base_model
         if depth == 0:
             tuner.disable_adapter_layers()
         else:
             tuner.enable_adapter_layers()
             tuner.set_adapter(self.stack[:depth])
+            below = self.stack[: depth - 1]
+            exact = self.hf.dtype == torch.float32
+            if train_last and below and exact and self._merge(below, None):
+                tuner.set_adapter(self.stack[depth - 1 : depth])
         trained = self.stack[-1] if train_last else None
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trained is not None and f".{trained}." in name)
@@ -354,6 +431,68 @@ class Network(nn.Module):
             for name in self.stack[: -1 if train_last else None]:
                 if name in getattr(module, "lora_dropout", {}):
                     module.lora_dropout[name] = nn.Identity()
+
+    # -- merging ------------------------------------------------------------------------------
+
+    @contextmanager
+    def merged(self, dtype: torch.dtype | None = None) -> Iterator[Network]:
+        """Score with the active adapters added to a copy of the weights.
+
+        Deltas are added in float32 and rounded once. Without adapters, with too little memory for
+        the copy or with ``speed.merge`` off nothing changes.
+
+        Args:
+            dtype: of the copy: what products are computed in (float16 under ``16-mixed``); by
+                default that of the weights.
+        """
+        names = self.stack[: self.depth]
+        if self._unmerged or not names or not self._merge(names, dtype):
+            yield self
+            return
+        tuner = self._peft[0].base_model
+        tuner.disable_adapter_layers()
+        try:
+            yield self
+        finally:
+            self._unmerge()
+            tuner.enable_adapter_layers()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _merge(self, names: list[str], dtype: torch.dtype | None) -> bool:
+        """Swap in weights with these adapters added; False if that cannot be done."""
+        modules = [
+            m for m in self.hf.modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")
+        ]
+        if not self.speed.merge or any(type(m.base_layer) is not nn.Linear for m in modules):
+            return False
+        weights = [m.base_layer.weight for m in modules]
+        need = sum(w.numel() * (dtype or w.dtype).itemsize for w in weights)
+        # A float32 sum per module, and room for the pass itself.
+        if need + 4 * max(w.numel() for w in weights) > 0.5 * free_memory(self.device):
+            log.info("no room for a merged copy of the weights (%.1f GB)", need / 1e9)
+            return False
+        with torch.autocast(self.device.type, enabled=False):
+            for module, weight in zip(modules, weights, strict=True):
+                plain = weight.data
+                self._unmerged.append((weight, plain))
+                weight.data = _plus_deltas(module, plain, names).to(dtype or plain.dtype)
+        return True
+
+    def _unmerge(self) -> None:
+        for weight, plain in self._unmerged:
+            # Lightning may have moved the model meanwhile.
+            weight.data = plain.to(weight.device)
+        self._unmerged = []
+
+    def _base_state(self) -> dict[str, Tensor]:
+        """The base's own weights by their own names, whatever is on top of them or merged in."""
+        plain = {weight.data_ptr(): tensor for weight, tensor in self._unmerged}
+        return {
+            k.replace(".base_layer.", "."): plain.get(v.data_ptr(), v)
+            for k, v in self.hf.state_dict().items()
+            if ".lora_" not in k
+        }
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -373,20 +512,11 @@ class Network(nn.Module):
         Deltas are added in float32 and rounded once to the weights' dtype.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.hf.state_dict()
-        plain: dict[str, Tensor] = {}
-        for key, value in state.items():
-            if ".lora_" in key:
-                continue
-            plain[key.replace(".base_layer.", ".")] = value
+        plain = self._base_state()
         for module_name, module in self.hf.named_modules():
             if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
                 key = f"{module_name}.weight"
-                total = plain[key].float()
-                for name in self.stack:
-                    if name in module.lora_A:
-                        total = total + module.get_delta_weight(name).float().to(total.device)
-                plain[key] = total.to(plain[key].dtype)
+                plain[key] = _plus_deltas(module, plain[key], self.stack).to(plain[key].dtype)
         target = self._peft[0].get_base_model() if self._peft else self.hf
         implementation = target.config._attn_implementation
         if implementation == SEGMENTS:
@@ -402,6 +532,15 @@ class Network(nn.Module):
             self._peft[0], adapter_name=name, save_embedding_layers=False
         )
         return {k: v.detach().cpu().contiguous() for k, v in sorted(state.items())}
+
+
+def _plus_deltas(module: Any, weight: Tensor, names: list[str]) -> Tensor:
+    """A module's weight plus its adapters of these names, in float32 (float64 stays)."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for name in names:
+        if name in module.lora_A:
+            total = total + module.get_delta_weight(name).to(total)
+    return total
 
 
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:

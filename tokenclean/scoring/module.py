@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 import transformers
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from tokenclean.data.batches import Batch
+from tokenclean.data.batches import Batch, collate
+from tokenclean.data.datamodule import PlannedBatches
 from tokenclean.data.pool import TokenPool
-from tokenclean.models import BaseConfig, Network, adapter_folders, trained_ids
+from tokenclean.data.rows import TokenRows
+from tokenclean.models import BaseConfig, Network, adapter_folders, in_float32, trained_ids
+from tokenclean.runs import stop_if_interrupted
+from tokenclean.scoring.cache import ScoreCache
+from tokenclean.scoring.table import ScoreTable, ScoreWriter
+
+#: One sample in so many is scored a second time to measure the noise, within these bounds.
+PROBE_EVERY, MIN_PROBE, MAX_PROBE = 100, 4, 64
 
 
 class ScoringModule(LightningModule):
@@ -21,7 +32,13 @@ class ScoringModule(LightningModule):
 
     Cross-entropy is float32 whatever the weights' dtype. On a GPU run it under
     ``precision: 16-mixed`` (the default there): rounding to bfloat16 moves several times as many
-    tokens across the cut.
+    tokens across the cut. Adapters are merged into a copy of the weights for the pass; see
+    `Network.merged`.
+
+    Attributes:
+        noise: after a pass, what its precision and batches did to the losses: ``p50``, ``p99`` and
+            ``max`` of the absolute difference, in nats, to a float32 pass over ``samples`` of the
+            samples (``tokens`` tokens), one at a time and nothing merged.
 
     Args:
         base: the base model.
@@ -34,17 +51,42 @@ class ScoringModule(LightningModule):
         self.base, self.adapters = base, adapter_folders(adapters)
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
+        self.noise: dict[str, float] = {}
+        self._merged = ExitStack()
+        self._probe: dict[int, Tensor | None] = {}
 
     def configure_model(self) -> None:
-        """Load the weights, unless a network was handed over."""
+        """Load the weights, unless that was done before."""
         check_precision(self)
+        self.load(self.trainer.strategy.root_device)
+        assert self.network is not None
+        use_layout(self, self.network)
+
+    def load(self, device: torch.device) -> None:
+        """Read base and adapters, unless a network was handed over.
+
+        Args:
+            device: that it will run on; decides ``dtype: auto``.
+        """
         if self.network is None:
-            device = self.trainer.strategy.root_device
             self.network = Network.load(self.base, device)
             for folder in self.adapters:
                 self.network.load_adapter(folder)
-            use_layout(self, self.network)
             self.network.freeze()
+
+    def on_predict_start(self) -> None:
+        assert self.network is not None
+        self.network.check_on_device()
+        # A copy in bfloat16 would round away much of what an adapter adds; float16 keeps it.
+        half = str(self.trainer.precision) == "16-mixed"
+        if "mixed" not in str(self.trainer.precision) or half:
+            merged = self.network.merged(torch.float16 if half else None)
+            self._merged.enter_context(merged)
+        planned = self._planned()
+        order = np.concatenate([np.zeros(0, dtype=np.int64), *planned.plan])
+        size = max(min(MAX_PROBE, len(order) // PROBE_EVERY), min(MIN_PROBE, len(order)))
+        chosen = order[np.linspace(0, len(order) - 1, size).astype(np.int64)] if size else order
+        self._probe = {int(planned.rows.rows[i]): None for i in chosen}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Losses of the batch's targets: float32, shape (N,).
@@ -53,7 +95,8 @@ class ScoringModule(LightningModule):
             FloatingPointError: naming the first sample with a loss that is not finite.
         """
         assert self.network is not None
-        nll: Tensor = self.network(batch)
+        with self.network.clock(batch.tokens):
+            nll: Tensor = self.network(batch)
         if not bool(torch.isfinite(nll).all()):
             for row, values in batch.split(nll):
                 if not bool(torch.isfinite(values).all()):
@@ -62,11 +105,41 @@ class ScoringModule(LightningModule):
                         f"{self.trainer.precision}; score in bf16-mixed or 32-true "
                         "(--trainer.precision), or look into that sample"
                     )
+        if not self._probe.keys().isdisjoint(batch.rows):
+            for row, values in batch.split(nll):
+                if row in self._probe:
+                    self._probe[row] = values.cpu()
         return nll
 
-    def _name(self, row: int) -> str:
+    def on_predict_epoch_end(self) -> None:
+        """Score the probe's samples again, as exactly as float32 can."""
+        assert self.network is not None
+        self._merged.close()
+        planned, gaps = self._planned(), [torch.zeros(0)]
+        places = {int(row): i for i, row in enumerate(planned.rows.rows) if int(row) in self._probe}
+        for row, values in self._probe.items():
+            if values is not None:  # another process's, or the pass was cut short
+                batch = collate([planned.rows[places[row]]], "padded").to(self.device)
+                with self.network.clock(batch.tokens), in_float32(self.device):
+                    exact: Tensor = self.network(batch)
+                gaps.append((values - exact.cpu()).abs())
+        gap = torch.cat(gaps).double()
+        if len(gap):
+            self.noise = {
+                "p50": float(gap.quantile(0.5)),
+                "p99": float(gap.quantile(0.99)),
+                "max": float(gap.max()),
+                "tokens": len(gap),
+                "samples": len(gaps) - 1,
+            }
+
+    def _planned(self) -> PlannedBatches:
         loader: Any = self.trainer.predict_dataloaders
-        table = getattr(getattr(loader.dataset, "rows", None), "table", None)
+        planned: PlannedBatches = loader.dataset
+        return planned
+
+    def _name(self, row: int) -> str:
+        table = self._planned().rows.table
         return f"sample {table.ids[row]!r}" if isinstance(table, TokenPool) else f"pool row {row}"
 
 
@@ -89,10 +162,63 @@ def check_precision(module: LightningModule) -> None:
         )
 
 
+def score_pool(
+    module: ScoringModule,
+    trainer: Trainer,
+    source: Any,
+    rows: TokenRows,
+    folder: Path,
+    budget: int,
+    cache: ScoreCache | None = None,
+    against: ScoreTable | None = None,
+) -> bool:
+    """Write one model's score table, or take it from the cache.
+
+    Args:
+        module: with its network loaded.
+        trainer: a fresh one.
+        source: a data module or a loader of the rows' batches.
+        rows: the rows of a token pool to score.
+        folder: where the table goes.
+        budget: tokens per batch.
+        cache: where tables that others have made, or may need, are kept.
+        against: see `ScoreWriter`.
+
+    Returns:
+        Whether the model was run.
+
+    Raises:
+        KeyboardInterrupt: if the trainer was told to stop.
+    """
+    pool, network = rows.table, module.network
+    assert isinstance(pool, TokenPool) and network is not None
+    manifest = score_manifest(pool, module.base, module.adapters, network, budget, trainer)
+    if cache is not None and cache.take(manifest, rows.rows, folder):
+        return False
+    callbacks: Any = trainer
+    callbacks.callbacks.append(ScoreWriter(rows, folder, manifest, against))
+    trainer.predict(module, source, return_predictions=False)
+    stop_if_interrupted(trainer)
+    if cache is not None and trainer.is_global_zero:
+        cache.put(manifest, rows.rows, folder)
+    return True
+
+
 def score_manifest(
-    pool: TokenPool, base: BaseConfig, adapters: list[str], network: Network, budget: int
+    pool: TokenPool,
+    base: BaseConfig,
+    adapters: list[str],
+    network: Network,
+    budget: int,
+    trainer: Trainer,
 ) -> dict[str, Any]:
-    """What a score table says about where its numbers come from."""
+    """What a score table says about where its numbers come from.
+
+    Args:
+        budget: tokens per batch.
+        trainer: that runs the pass.
+    """
+    device = trainer.strategy.root_device
     return {
         "pool": pool.fingerprint,
         "pool_folder": str(pool.folder),
@@ -107,6 +233,10 @@ def score_manifest(
         "weights_dtype": str(network.hf.dtype).removeprefix("torch."),
         "layout": network.layout,
         "token_budget": budget,
+        "precision": str(trainer.precision),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "attention": network.hf.config._attn_implementation,
+        "speed": asdict(network.speed),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

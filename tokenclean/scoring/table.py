@@ -7,6 +7,7 @@ belongs to predicting the token at ``positions[j]``.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from tokenclean.arrow import (
     ROWS_PER_SHARD,
     ArrowTable,
     complete_folder,
-    list_array,
+    lists_of,
+    spans,
     write_json,
     write_shard,
 )
 from tokenclean.data.batches import Batch
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.selection.topk import Histogram, ordered_keys
 
 KIND = "score table"
+#: Of the scores against the table that a reference was written `against`.
+HISTOGRAM = "histogram.npz"
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -40,6 +45,11 @@ _SCHEMA = pa.schema(
         ("nll", pa.list_(pa.float32())),
     ]
 )
+
+
+def scores(base: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """base nll - reference nll, Eq. (3), in float64; shape (n,) all."""
+    return np.subtract(base, reference, dtype=np.float64)
 
 
 class ScoreTable(ArrowTable):
@@ -52,7 +62,8 @@ class ScoreTable(ArrowTable):
 
     def __init__(self, folder: Path):
         super().__init__(folder, KIND)
-        self.rows = np.asarray(self.values("row"), dtype=np.int64)
+        rows = [batch.column("row").to_numpy() for batch in self.batches()]
+        self.rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         self.nll = self.lists("nll")
 
     def check_pool(self, pool: TokenPool) -> None:
@@ -71,16 +82,48 @@ class ScoreTable(ArrowTable):
         """Ids of the samples that the scoring model was trained on."""
         return set(self.manifest["trained_on"])
 
+    def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Losses of many pool rows.
+
+        Args:
+            rows: pool rows, int64, shape (R,), in any order.
+
+        Returns:
+            Number of losses of each row, int64, shape (R,), and the losses end to end, float32.
+
+        Raises:
+            ValueError: if the table lacks one of the rows.
+        """
+        return self.nll.take(self.places(rows))
+
     def of_row(self, row: int) -> np.ndarray:
         """Losses of one pool row, float32.
 
         Raises:
             ValueError: if the table lacks the row.
         """
-        index = int(np.searchsorted(self.rows, row))
-        if index == len(self.rows) or self.rows[index] != row:
-            raise ValueError(f"{self.folder} has no scores for pool row {row}")
-        return self.nll[index]
+        return self.of_rows(np.array([row]))[1]
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Table row of each pool row, int64.
+
+        Raises:
+            ValueError: if the table lacks one of the rows.
+        """
+        places = np.searchsorted(self.rows, rows)
+        found = self.rows.take(places, mode="clip") if len(self.rows) else np.full(len(rows), -1)
+        if (found != rows).any():
+            missing = rows[found != rows][0]
+            raise ValueError(f"{self.folder} has no scores for pool row {missing}")
+        return places
+
+    def histogram(self, base: ScoreTable) -> Histogram | None:
+        """Of the keys of this table's scores against ``base``, if it was written with that one."""
+        if not (self.folder / HISTOGRAM).is_file():
+            return None
+        with np.load(self.folder / HISTOGRAM) as stored:
+            fits = str(stored["against"]) == base.manifest.get("content")
+            return Histogram(stored["counts"]) if fits else None
 
 
 class ScoreWriter(BasePredictionWriter):
@@ -93,11 +136,25 @@ class ScoreWriter(BasePredictionWriter):
         rows: what is being scored, in ascending order of pool rows.
         folder: where the table goes.
         manifest: what to say about model and pool; see `score_manifest`.
+        against: table of the base model, where this one is a reference: the histogram of the scores
+            is then stored with the table, and selection needs one pass less.
+
+    Raises:
+        ValueError: if ``against`` lacks one of the rows.
     """
 
-    def __init__(self, rows: TokenRows, folder: Path, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        rows: TokenRows,
+        folder: Path,
+        manifest: dict[str, Any],
+        against: ScoreTable | None = None,
+    ):
         super().__init__(write_interval="batch")
         self.rows, self.folder, self.manifest = rows, folder, manifest
+        self.against = against
+        if against is not None:
+            against.places(rows.rows)  # raises now rather than after hours of scoring
         self._starts = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int64)
         self._spool = folder.with_name(folder.name + ".spool")
 
@@ -120,10 +177,10 @@ class ScoreWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        for row, nll in batch.split(prediction.to("cpu", torch.float32)):
-            place = int(np.searchsorted(self.rows.rows, row))
-            self._nll[self._starts[place] : self._starts[place + 1]] = nll.numpy()
-            self._seen[place] += 1
+        places = np.searchsorted(self.rows.rows, batch.rows)
+        losses = prediction.to("cpu", torch.float32).numpy()
+        self._nll[spans(self._starts[places], self.rows.counts[places])] = losses
+        np.add.at(self._seen, places, 1)  # a row that occurs twice is counted twice
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.received_sigterm:
@@ -138,39 +195,53 @@ class ScoreWriter(BasePredictionWriter):
                     f"{self.folder}: {missing} of {len(self.rows)} samples were not scored exactly "
                     "once"
                 )
-            self._finish()
+            noise = getattr(pl_module, "noise", {})
+            self._finish({"noise": noise} if noise else {})
         trainer.strategy.barrier("score table written")
 
-    def _finish(self) -> None:
+    def _finish(self, measured: dict[str, Any]) -> None:
         rows, table = self.rows, self.rows.table
         assert isinstance(table, TokenPool)
+        content, histogram = hashlib.sha256(rows.rows.tobytes()), Histogram()
         with complete_folder(self.folder) as partial:
             for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-                places = range(first, min(first + ROWS_PER_SHARD, len(rows)))
-                chosen = [int(rows.rows[i]) for i in places]
-                positions = [table.response_positions(row).astype(np.int32) for row in chosen]
-                tokens = [
-                    table.input_ids[row][at] for row, at in zip(chosen, positions, strict=True)
-                ]
-                nll = [np.asarray(self._nll[self._starts[i] : self._starts[i + 1]]) for i in places]
+                chosen = rows.rows[first : first + ROWS_PER_SHARD]
+                nll = self._nll[self._starts[first] : self._starts[first + len(chosen)]]
+                lengths, mask = table.response_mask.take(chosen)
+                counts = rows.counts[first : first + len(chosen)]
+                at = np.flatnonzero(mask)
+                positions = at - np.repeat(np.cumsum(lengths) - lengths, counts)
+                tokens = table.input_ids.take(chosen)[1][at]
                 batch = pa.record_batch(
                     {
-                        "id": [table.ids[row] for row in chosen],
+                        "id": table.ids.take(chosen),
                         "row": chosen,
-                        "positions": list_array(positions, pa.int32()),
-                        "token_ids": list_array(tokens, pa.int32()),
-                        "nll": list_array(nll, pa.float32()),
+                        "positions": lists_of(counts, positions.astype(np.int32)),
+                        "token_ids": lists_of(counts, tokens),
+                        "nll": lists_of(counts, nll),
                     },
                     schema=_SCHEMA,
                 )
                 write_shard(partial, number, batch)
+                content.update(nll.tobytes())
+                if self.against is not None:
+                    base = self.against.of_rows(chosen)[1]
+                    histogram.add(ordered_keys(scores(base, nll)))
+            if self.against is not None:
+                np.savez_compressed(
+                    partial / HISTOGRAM,
+                    counts=histogram.counts,
+                    against=self.against.manifest.get("content", ""),
+                )
             write_json(
                 partial / MANIFEST,
                 {
                     "kind": KIND,
                     **self.manifest,
+                    **measured,
                     "rows": len(rows),
                     "tokens": int(self._starts[-1]),
+                    "content": content.hexdigest()[:16],
                 },
             )
         del self._nll, self._seen

@@ -1,19 +1,26 @@
 """Exact top-k over scores that arrive in blocks, in constant memory.
 
-Scores become unsigned integers in the same order; four passes of 16 bits each build one histogram
-of 65,536 counters and walk down to the k-th largest key. Histograms add up over blocks, so the
-result does not depend on how the scores are cut into blocks.
+Scores become unsigned integers in the same order. A histogram of their leading 16 bits says in
+which of 65,536 bins the k-th largest lies; the bin's members are then told apart by sorting, or,
+where they are too many, by a histogram of their next 16 bits. Histograms add up over blocks, shards
+and processes, so the result does not depend on how the scores are cut into any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
-_SIGN = np.uint64(1 << 63)
+_TOP_SHIFT = 64 - _DIGIT_BITS
+#: A bin with at most so many keys is collected (2 MB) instead of counted once more.
+_FEW = 1 << 18
+_SIGN = np.int64(-(1 << 63))
+
+#: Above the key of every score: for what is kept whatever the others are.
+FIRST = (1 << 64) - 1
 
 Blocks = Callable[[], Iterable[np.ndarray]]
 
@@ -27,42 +34,108 @@ def ordered_keys(score: np.ndarray) -> np.ndarray:
     if np.isnan(score).any():
         raise ValueError("scores contain NaN: the pass that produced them must be repeated")
     # Adding +0.0 turns -0.0 into +0.0 and leaves every other number alone.
-    bits = (score.astype(np.float64) + 0.0).view(np.uint64)
-    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    bits = np.add(score, 0.0, dtype=np.float64).view(np.int64)
+    # Negative numbers have every bit flipped, the others their sign bit alone.
+    flips = bits >> 63
+    flips |= _SIGN
+    bits ^= flips
+    return bits.view(np.uint64)
 
 
-def kth_largest(blocks: Blocks, k: int) -> tuple[int, int]:
-    """The k-th largest key (1 <= k <= total) and the number of keys above it.
+def score_of(key: int) -> float:
+    """The score whose key this is: the inverse of `ordered_keys`."""
+    bits = key ^ (1 << 63) if key >> 63 else key ^ FIRST
+    return float(np.array(bits, dtype=np.uint64).view(np.float64))
+
+
+class Histogram:
+    """How many keys lie in each bin of their leading 16 bits.
+
+    Attributes:
+        counts: int64, shape (65536,).
+    """
+
+    def __init__(self, counts: np.ndarray | None = None):
+        self.counts = np.zeros(_DIGITS, dtype=np.int64) if counts is None else counts
+
+    def add(self, keys: np.ndarray, shift: int = _TOP_SHIFT) -> None:
+        """Count keys, uint64; by the 16 bits above another ``shift`` than the leading ones'."""
+        digits = (keys >> np.uint64(shift)).view(np.int64)
+        if shift < _TOP_SHIFT:
+            digits &= _DIGITS - 1
+        self.counts += np.bincount(digits, minlength=_DIGITS)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(self.counts + other.counts)
+
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def firsts(self) -> int:
+        """Keys that are `FIRST`: only NaN's would share their bin, and they are refused."""
+        return int(self.counts[-1])
+
+    def find(self, k: int) -> tuple[int, int, int]:
+        """Bin of the k-th largest key, number of keys in bins above it, number of keys in it."""
+        from_top = np.cumsum(self.counts[::-1])
+        place = int(np.searchsorted(from_top, k))
+        size = int(self.counts[_DIGITS - 1 - place])
+        return _DIGITS - 1 - place, int(from_top[place]) - size, size
+
+
+def kth_largest(blocks: Blocks, k: int, histogram: Histogram | None = None) -> tuple[int, int]:
+    """The k-th largest key and the number of keys above it; `FIRST` and 0 for k = 0.
 
     Args:
         blocks: called once per pass; yields uint64 arrays of keys.
-        k: rank, counted from 1.
+        k: rank, counted from 1, at most the number of keys.
+        histogram: of all keys, where it is known: saves the first pass.
+
+    Raises:
+        ValueError: if the histogram is not that of the keys.
     """
-    prefix, above = 0, 0
-    for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        histogram = np.zeros(_DIGITS, dtype=np.int64)
+    if k <= 0:
+        return FIRST, 0
+    if histogram is None:
+        histogram = Histogram()
         for keys in blocks():
-            if shift < 64 - _DIGIT_BITS:
-                keys = keys[(keys >> np.uint64(shift + _DIGIT_BITS)) == np.uint64(prefix)]
-            digits = (keys >> np.uint64(shift)) & np.uint64(_DIGITS - 1)
-            histogram += np.bincount(digits.astype(np.int64), minlength=_DIGITS)
-        from_top = np.cumsum(histogram[::-1])
-        place = int(np.searchsorted(from_top, k - above))
-        above += int(from_top[place]) - int(histogram[_DIGITS - 1 - place])
-        prefix = (prefix << _DIGIT_BITS) | (_DIGITS - 1 - place)
+            histogram.add(keys)
+    prefix, above, size = histogram.find(k)
+    for shift in range(_TOP_SHIFT, 0, -_DIGIT_BITS):
+        members = (keys[(keys >> np.uint64(shift)) == np.uint64(prefix)] for keys in blocks())
+        if size <= _FEW:
+            few = np.concatenate([np.zeros(0, dtype=np.uint64), *members])
+            _check(len(few) == size)
+            few.sort()
+            key = few[size - (k - above)]
+            return int(key), above + size - int(np.searchsorted(few, key, side="right"))
+        histogram = Histogram()
+        for keys in members:
+            histogram.add(keys, shift - _DIGIT_BITS)
+        _check(histogram.total() == size)
+        digit, higher, size = histogram.find(k - above)
+        prefix, above = (prefix << _DIGIT_BITS) | digit, above + higher
     return prefix, above
 
 
-def top_k_masks(blocks: Blocks, k: int) -> Iterator[np.ndarray]:
-    """Keep mask of each block: the k largest keys, of equal keys the earlier ones."""
-    if k <= 0:
-        yield from (np.zeros(len(keys), dtype=bool) for keys in blocks())
-        return
-    cut, above = kth_largest(blocks, k)
-    ties_left = k - above
-    for keys in blocks():
-        keep = keys > np.uint64(cut)
-        ties = np.flatnonzero(keys == np.uint64(cut))[:ties_left]
-        keep[ties] = True
-        ties_left -= len(ties)
-        yield keep
+def _check(fits: bool) -> None:
+    if not fits:
+        raise ValueError("the histogram is not that of these scores; make it again")
+
+
+def top_mask(keys: np.ndarray, cut: int, ties: int) -> tuple[np.ndarray, int]:
+    """Which keys of a block are among the k largest; of equal keys, the earlier ones are.
+
+    Args:
+        keys: uint64, shape (n,).
+        cut: the k-th largest key of all blocks.
+        ties: how many keys equal to it are still wanted: k less the number above it, less what
+            earlier blocks took.
+
+    Returns:
+        bool mask, shape (n,), and the ties that are left for later blocks.
+    """
+    keep = keys > np.uint64(cut)
+    equal = np.flatnonzero(keys == np.uint64(cut))[:ties]
+    keep[equal] = True
+    return keep, ties - len(equal)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from transformers import get_scheduler
 
 from tokenclean.data.batches import Batch
 from tokenclean.data.datamodule import GlobalBatch
+from tokenclean.estimate import ModelShape, needs_checkpointing
 from tokenclean.models import BaseConfig, LoraSettings, Network, adapter_folders
 from tokenclean.scoring.module import check_precision, use_layout
+
+log = logging.getLogger(__name__)
 
 
 def paper_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -48,7 +51,11 @@ class CleanedSFTModule(LightningModule):
         schedule: learning-rate schedule by its transformers name, stepped once per step.
         warmup_ratio: share of all steps spent warming up.
         gradient_clip: largest norm of the gradient; null does not clip (as the paper).
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        gradient_checkpointing: recompute activations in the backward pass to save memory; ``auto``
+            does so when the estimate for one micro-batch exceeds the free memory.
+        backward: ``exact``, or ``kept_tokens``: gradients flow only through the rows that predict a
+            kept token, so that the others' activations need not be kept. Approximate: what a
+            dropped token's row feeds into later ones through attention is taken for constant.
         save_merged: also write base and adapters as one ordinary model.
     """
 
@@ -61,7 +68,8 @@ class CleanedSFTModule(LightningModule):
         schedule: str = "linear",
         warmup_ratio: float = 0.03,
         gradient_clip: float | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["auto"] = "auto",
+        backward: Literal["exact", "kept_tokens"] = "exact",
         save_merged: bool = False,
     ):
         super().__init__()
@@ -77,6 +85,14 @@ class CleanedSFTModule(LightningModule):
         self.make_optimizer = optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.gradient_clip = gradient_clip
+        if backward == "kept_tokens" and (lora is None or not base.speed.lean_lora):
+            raise ValueError(
+                "model.backward: kept_tokens needs LoRA and model.base.speed.lean_lora, whose "
+                "backward pass it cuts"
+            )
+        if backward == "kept_tokens" and base.load_in_4bit:
+            raise ValueError("model.backward: kept_tokens does not go with 4-bit weights")
+        self.backward_rows: str = backward
         self.gradient_checkpointing, self.save_merged = gradient_checkpointing, save_merged
         #: set it beforehand to train what is already in memory
         self.network: Network | None = None
@@ -131,8 +147,29 @@ class CleanedSFTModule(LightningModule):
         assert self.network is not None
         # Lightning keeps each module's mode as it finds it, and a network waits in eval mode.
         self.network.train()
-        if self.gradient_checkpointing:
-            self.network.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network.kept_backward = self.backward_rows == "kept_tokens"
+
+    def _checkpoint(self) -> bool:
+        """Whether to recompute activations; under ``auto`` what the memory estimate says."""
+        assert self.network is not None
+        if self.gradient_checkpointing != "auto":
+            return self.gradient_checkpointing
+        loader: Any = self.trainer.train_dataloader
+        budget: int = loader.dataset.budget
+        mixed = "mixed" in str(self.trainer.precision)
+        needed = needs_checkpointing(
+            ModelShape.of_config(self.network.hf.config),
+            budget,
+            self.lora,
+            self.trainer.strategy.root_device,
+            weights=self.network.hf.dtype,
+            compute=torch.bfloat16 if mixed else self.network.hf.dtype,
+            four_bit=self.base.load_in_4bit,
+            stack=len(self.network.stack) - 1,
+        )
+        if needed:
+            log.info("gradient checkpointing: %d tokens at a time do not fit without it", budget)
+        return needed
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -159,6 +196,12 @@ class CleanedSFTModule(LightningModule):
         self._seed = torch.initial_seed()
 
     def on_train_start(self) -> None:
+        assert self.network is not None
+        self.network.check_on_device()
+        if self._checkpoint():
+            self.network.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.network.hf.is_gradient_checkpointing:
+            self.network.hf.gradient_checkpointing_disable()
         # Counting the steps for the schedule makes Lightning set the loader up before it has read
         # the checkpoint's loops, after which it would never hand the loader its place in the epoch.
         if self._loader_state is not None:
@@ -173,14 +216,16 @@ class CleanedSFTModule(LightningModule):
             FloatingPointError: if the gradient is not finite.
         """
         assert self.network is not None
-        started = time.perf_counter()
+        tokens = sum(micro.tokens for micro in batch.micro)
+        before = self.network.seconds
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
         place = [self._seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        loss = self._accumulate(batch)
-        norm = self._gradient_norm()
+        with self.network.clock(tokens):
+            loss = self._accumulate(batch)
+            norm = self._gradient_norm()
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.global_step}: lower the learning rate "
@@ -190,18 +235,18 @@ class CleanedSFTModule(LightningModule):
         # optimiser's momentum does not move the weights.
         rate = scheduler.get_last_lr()[0]
         if batch.kept:
-            optimizer.step()
+            with self.network.clock():
+                optimizer.step()
         scheduler.step()
         self.kept_seen += batch.kept
         self.response_seen += batch.responses
-        tokens = sum(micro.tokens for micro in batch.micro)
         self.log_dict(
             {
                 "train/loss": loss,
                 "train/learning_rate": rate,
                 "train/gradient_norm": norm,
                 "train/kept_share": batch.kept / max(batch.responses, 1),
-                "train/tokens_per_second": tokens / (time.perf_counter() - started),
+                "train/tokens_per_second": tokens / (self.network.seconds - before),
                 "train/kept_tokens_seen": float(self.kept_seen),
             }
         )
@@ -239,7 +284,9 @@ class CleanedSFTModule(LightningModule):
         """Mean loss over all response tokens of the validation pool."""
         assert self.network is not None
         if batch.rows:
-            self.validation_nll.update(self.network(batch).double().mean(), len(batch.targets))
+            with self.network.clock(batch.tokens):
+                mean = self.network(batch).double().mean()
+            self.validation_nll.update(mean, len(batch.targets))
 
     def on_validation_epoch_end(self) -> None:
         self.log("validation/loss", self.validation_nll, prog_bar=True)

@@ -1,0 +1,76 @@
+"""Score tables shared between runs: one model over one pool is scored once, whoever asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenclean.arrow import MANIFEST, complete_folder
+
+log = logging.getLogger(__name__)
+
+#: What a manifest says about where things lie, not about what the numbers are.
+_PLACES = ("pool_folder", "base", "adapters")
+
+
+class ScoreCache:
+    """Finished score tables by content.
+
+    The key covers everything that the numbers come from: pool (data, tokenizer, template, maximal
+    length), rows, model weights, what the model was trained on, dtype, precision, batch plan,
+    attention backend, device, switches and versions.
+
+    Tables are shared by hard links, so they take their space once and a run folder stays whole when
+    the cache is deleted (and the other way round).
+
+    Args:
+        folder: holds one folder per key.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def take(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> bool:
+        """Make ``table`` from the cache.
+
+        Args:
+            manifest: see `score_manifest`.
+            rows: pool rows that are wanted, int64.
+            table: the folder to make.
+
+        Returns:
+            Whether the cache had it.
+        """
+        entry = self._entry(manifest, rows)
+        if not (entry / MANIFEST).is_file():
+            return False
+        _link(entry, table)
+        log.info("model %s is not run: its scores are in %s", manifest["model"], entry)
+        return True
+
+    def put(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
+        """Keep a finished table under the manifest it was started with."""
+        _link(table, self._entry(manifest, rows))
+
+    def _entry(self, manifest: dict[str, Any], rows: np.ndarray) -> Path:
+        content = {k: v for k, v in manifest.items() if k not in _PLACES}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
+        return self.folder / digest.hexdigest()[:24]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a finished folder a second name, file by file; copies where links cannot be made."""
+    with complete_folder(target) as partial:
+        for file in sorted(source.iterdir()):
+            try:
+                os.link(file, partial / file.name)
+            except OSError:
+                shutil.copy2(file, partial / file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -10,12 +11,14 @@ import platform
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenclean.machine import settled
@@ -30,10 +33,42 @@ Same = dict[str, float | bool]
 
 @dataclass
 class Timed:
-    """The result of a side that takes its own time, leaving out set-up that it cannot split off."""
+    """A result and what it took, by the clock and by the processor's; both in seconds.
+
+    A side may return one to leave out set-up that it cannot split off.
+    """
 
     seconds: float
+    processor: float
     result: Any
+
+
+@dataclass
+class Line:
+    """One line of the table.
+
+    Attributes:
+        part: which part of the benchmark.
+        case: on what.
+        ratio: of what to what.
+        values: one per repeat; empty if it was not run.
+        processor: median ratio of processor times. Far from that of the clock's, something else was
+            running, or a side waited for memory or disk.
+        same: how far the sides' numbers agree.
+        aim: what the project wants to reach.
+        note: why it was not run, where it is not that it did not fit into memory.
+        facts: more, for the JSON.
+    """
+
+    part: str
+    case: str
+    ratio: str
+    values: list[float]
+    same: Same = field(default_factory=dict)
+    aim: str = ""
+    note: str = ""
+    processor: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,16 +77,28 @@ class Measured:
 
     Attributes:
         seconds: of each side, one per repeat; of a side that did not fit into memory, none.
+        processor: the same by the processor's clock.
         same: the worst agreement over all repeats.
     """
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]]
+    processor: dict[str, list[float]]
     same: Same = field(default_factory=dict)
 
-    def ratios(self, over: str, under: str) -> list[float]:
-        """Seconds of one side over those of another, repeat by repeat."""
-        above, below = self.seconds[over], self.seconds[under]
-        return [a / b for a, b in zip(above, below, strict=True)] if above and below else []
+    def line(
+        self, part: str, case: str, over: str, under: str, ratio: str = "", **more: Any
+    ) -> Line:
+        """Times of one side over those of another, repeat by repeat; ``more`` goes to `Line`."""
+        values = _ratios(self.seconds[over], self.seconds[under])
+        processor = _ratios(self.processor[over], self.processor[under])
+        found = Line(part, case, ratio or f"time, {over} / {under}", values, **more)
+        found.processor = statistics.median(processor) if processor else None
+        found.facts |= {"seconds": self.seconds, "processor seconds": self.processor}
+        return found
+
+
+def _ratios(over: list[float], under: list[float]) -> list[float]:
+    return [a / b for a, b in zip(over, under, strict=True)] if over and under else []
 
 
 def interleave(
@@ -70,83 +117,68 @@ def interleave(
         label: for the progress lines.
         check: compares what the sides returned in one repeat.
     """
-    measured, running = Measured({name: [] for name in sides}), dict(sides)
+    measured = Measured({name: [] for name in sides}, {name: [] for name in sides})
+    running = dict(sides)
     for repeat in range(-1, repeats):
         results: dict[str, Any] = {}
         for name, side in list(running.items()):
             try:
-                seconds, results[name] = _timed(side(repeat), device)
+                timed = _timed(side(repeat), device)
             except torch.OutOfMemoryError:
                 say(f"{label}: {name} does not fit into memory")
-                measured.seconds[name] = []
+                measured.seconds[name], measured.processor[name] = [], []
                 del running[name]
                 continue
+            results[name] = timed.result
             if repeat >= 0:
-                measured.seconds[name].append(seconds)
+                measured.seconds[name].append(timed.seconds)
+                measured.processor[name].append(timed.processor)
         if repeat < 0:
             continue
         for what, value in (check(results) if check and running == dict(sides) else {}).items():
-            worse = min if isinstance(value, bool) else max
-            measured.same[what] = worse(value, measured.same.get(what, value))
+            before = measured.same.get(what, value)
+            if isinstance(value, bool):
+                measured.same[what] = bool(before and value)
+            else:
+                measured.same[what] = float(np.maximum(before, value))  # a NaN stays
         times = ", ".join(f"{name} {measured.seconds[name][-1]:.3g} s" for name in running)
         say(f"{label}, repeat {repeat + 1} of {repeats}: {times}")
     return measured
 
 
-def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+def _timed(run: Callable[[], Any], device: str) -> Timed:
     gc.collect()
-    started = settled(device)
+    started, processor = settled(device), time.process_time()
     result = run()
-    seconds = settled(device) - started
-    return (result.seconds, result.result) if isinstance(result, Timed) else (seconds, result)
+    seconds, processor = settled(device) - started, time.process_time() - processor
+    return result if isinstance(result, Timed) else Timed(seconds, processor, result)
 
 
-# -- the table ----
+# -- the table -------------------------------------------------------------------------------
 
 
-@dataclass
-class Line:
-    """One line of the table.
-
-    Attributes:
-        part: which part of the benchmark.
-        case: on what.
-        ratio: of what to what.
-        values: one per repeat; empty if it was not run.
-        same: how far the sides' numbers agree.
-        aim: what the project wants to reach.
-        note: why it was not run, where it is not that it did not fit into memory.
-        facts: more, for the JSON.
-    """
-
-    part: str
-    case: str
-    ratio: str
-    values: list[float]
-    same: Same = field(default_factory=dict)
-    aim: str = ""
-    note: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+_HEADINGS = (
+    "part",
+    "case",
+    "ratio",
+    "median",
+    "min .. max",
+    "processor time",
+    "aim",
+    "same numbers",
+)
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    rows = [["part", "case", "ratio", "median", "min .. max", "aim", "same numbers"]]
-    rows.append(["---", "---", "---", "---:", "---:", "---:", "---"])
+    rows = [[*_HEADINGS], ["---"] * 3 + ["---:"] * 4 + ["---"]]
     for line in lines:
-        values = spread(line.values) if line.values else None
-        rows.append(
-            [
-                line.part,
-                line.case,
-                line.ratio,
-                f"{values['median']:.3g}" if values else "not run",
-                f"{values['min']:.3g} .. {values['max']:.3g}"
-                if values
-                else line.note or "no memory",
-                line.aim,
-                ", ".join(f"{k} {_short(v)}" for k, v in line.same.items()),
-            ]
-        )
+        median, span = "not run", line.note or "no memory"
+        if line.values:
+            values = spread(line.values)
+            median, span = f"{values['median']:.3g}", f"{values['min']:.3g} .. {values['max']:.3g}"
+        processor = "" if line.processor is None else f"{line.processor:.3g}"
+        same = ", ".join(f"{k} {_short(v)}" for k, v in line.same.items())
+        rows.append([line.part, line.case, line.ratio, median, span, processor, line.aim, same])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -232,21 +264,22 @@ def _status(entry: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) * 1024
 
 
-def memory_line(
+def memory_lines(
     part: str, case: str, runs: Mapping[str, Callable[[], Any]], device: str, aim: str = ""
-) -> Line:
-    """Peak memory of the first side over that of the second."""
-    ours, theirs = runs
-    what = f"peak memory, {ours} / {theirs}"
-    if not can_measure_memory(device):
-        return Line(part, case, what, [], note="needs Linux")
-    try:
-        found = {side: peak_memory(run, device) for side, run in runs.items()}
-    except torch.OutOfMemoryError:
-        return Line(part, case, what, [])
-    say(f"{case}, peak: " + ", ".join(f"{k} {v['peak'] / 1e6:.0f} MB" for k, v in found.items()))
-    ratio = found[ours]["peak"] / max(found[theirs]["peak"], 1)
-    return Line(part, case, what, [ratio], aim=aim, facts={"bytes": found})
+) -> Iterator[Line]:
+    """Peak memory of the first side over that of each other."""
+    found: dict[str, dict[str, int]] = {}
+    note = "" if can_measure_memory(device) else "needs Linux"
+    for side, run in runs.items() if not note else ():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            found[side] = peak_memory(run, device)
+            say(f"{part}, {case}, peak of {side}: {found[side]['peak'] / 1e6:.0f} MB")
+    first, *others = runs
+    for other in others:
+        what = f"peak memory, {first} / {other}"
+        both = first in found and other in found
+        ratio = [found[first]["peak"] / max(found[other]["peak"], 1)] if both else []
+        yield Line(part, case, what, ratio, aim=aim, note=note, facts={"bytes": found})
 
 
 # -- the machine ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from scripts.bench_measure import (
     Side,
     Timed,
     interleave,
-    memory_line,
+    memory_lines,
     say,
 )
 from scripts.bench_workload import (
@@ -119,14 +119,17 @@ class Pair:
     def at_matmul_rate(self, flops: Callable[[int], float]) -> Side:
         """How long so much useful work would take at the rate of a large matrix product."""
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        return lambda repeat: (
-            lambda: Timed(flops(repeat) / matmul_rate(self.device, dtype, seconds=0.5), None)
-        )
+
+        def prepare(repeat: int) -> Callable[[], Timed]:
+            seconds = flops(repeat) / matmul_rate(self.device, dtype, seconds=0.5)
+            return lambda: Timed(seconds, seconds, None)
+
+        return prepare
 
     def matmul_line(self, part: str, measured: Measured, aim: str) -> Line:
-        values = measured.ratios(MATMUL, OURS)
         ratio = "useful FLOP/s, ours / a large matmul"
-        return Line(part, self.name, ratio, values, aim=aim if self.on_gpu else "")
+        aim = aim if self.on_gpu else ""
+        return measured.line(part, self.name, MATMUL, OURS, ratio, aim=aim)
 
 
 def pairs(options: Options, part: str) -> Iterator[Pair]:
@@ -217,15 +220,8 @@ def _scoring(pair: Pair, options: Options) -> Iterator[Line]:
     sides = {OURS: ours, THEIRS: theirs, MATMUL: pair.at_matmul_rate(flops)}
     label = f"scoring {pair.name}"
     measured = interleave(sides, options.repeats, options.device, label, check)
-    yield Line(
-        "scoring",
-        pair.name,
-        "time, published / ours",
-        measured.ratios(THEIRS, OURS),
-        measured.same,
-        aim=">= 2.3" if pair.shape.vocab > 6400 else ">= 1.9",
-        facts={"seconds": measured.seconds, "samples": options.samples},
-    )
+    aim = ">= 2.3" if pair.shape.vocab > 6400 else ">= 1.9"
+    yield measured.line("scoring", pair.name, THEIRS, OURS, same=measured.same, aim=aim)
     yield pair.matmul_line("scoring", measured, ">= 0.6")
 
 
@@ -327,22 +323,16 @@ def _training(pair: Pair, options: Options) -> Iterator[Line]:
     sides = training_sides(pair) | {MATMUL: pair.at_matmul_rate(flops)}
     label = f"training {pair.name}"
     measured = interleave(sides, options.few_repeats, options.device, label, check)
-    facts = {"seconds": measured.seconds, "batch": options.batch}
     error: dict[str, Same] = {side: {"gradient error": v} for side, v in measured.same.items()}
     aim = ">= 3.2" if pair.shape.vocab > 6400 else ">= 2.5"
-
-    def line(over: str, under: str, same: Same | None = None, aim: str = "") -> Line:
-        values = measured.ratios(over, under)
-        what = f"time, {over} / {under}"
-        return Line("training", pair.name, what, values, same or {}, aim=aim, facts=facts)
-
-    yield line(THEIRS, OURS, error.get(OURS), aim)
-    yield line(UNCHECKPOINTED, OURS)
-    yield line(THEIRS, UNCHECKPOINTED)
+    same = error.get(OURS, {})
+    yield measured.line("training", pair.name, THEIRS, OURS, same=same, aim=aim)
+    yield measured.line("training", pair.name, UNCHECKPOINTED, OURS)
+    yield measured.line("training", pair.name, THEIRS, UNCHECKPOINTED)
     if PEER in sides:
-        against_peer = line(PEER, OURS, error.get(PEER))
-        against_peer.facts = facts | {PEER: peer.facts(options.batch, options.device)}
-        yield against_peer
+        ran = {PEER: peer.facts(options.batch, options.device)}
+        same = error.get(PEER, {})
+        yield measured.line("training", pair.name, PEER, OURS, same=same, facts=ran)
     else:
         yield Line("training", pair.name, f"time, {PEER} / ours", [], note=peer.MISSING)
     yield pair.matmul_line("training", measured, ">= 0.5")
@@ -387,13 +377,12 @@ def _memory(pair: Pair, options: Options) -> Iterator[Line]:
         THEIRS: lambda: their_scores(pair, rows),
     }
     aim = "<= 0.30" if pair.shape.vocab > 6400 else "<= 0.45"
-    yield memory_line("memory", f"scoring, {pair.name}", runs, options.device, aim)
+    yield from memory_lines("memory", f"scoring, {pair.name}", runs, options.device, aim)
     sides = training_sides(pair)
 
     def step(side: str) -> Callable[[], Any]:
         # Prepared right before it runs: the published two share a model.
         return lambda: sides[side](0)()
 
-    for other in (THEIRS, UNCHECKPOINTED):
-        steps = {OURS: step(OURS), other: step(other)}
-        yield memory_line("memory", f"training step, {pair.name}", steps, options.device)
+    steps = {side: step(side) for side in (OURS, THEIRS, UNCHECKPOINTED)}
+    yield from memory_lines("memory", f"training step, {pair.name}", steps, options.device)

@@ -6,6 +6,7 @@ token of a pool is nothing that TRL does, so there it has no say.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,18 @@ class _Clock(TrainerCallback):
     """Times the step and holds on to its gradients, which the trainer throws away."""
 
     def __init__(self, device: str):
-        self.device, self.seconds = device, 0.0
+        self.device, self.seconds, self.processor = device, 0.0, 0.0
         self.gradients: list[Any] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = -settled(self.device)
+        self.seconds, self.processor = -settled(self.device), -time.process_time()
 
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients = [p.grad for p in model.parameters() if p.requires_grad]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds += settled(self.device)
+        self.processor += time.process_time()
 
 
 def step(model: Any, rows: Sequence[Row], device: str, folder: Path) -> Callable[[], Timed]:
@@ -129,7 +131,7 @@ def step(model: Any, rows: Sequence[Row], device: str, folder: Path) -> Callable
 
     def run() -> Timed:
         trainer.train()
-        return Timed(clock.seconds, clock.gradients)
+        return Timed(clock.seconds, clock.processor, clock.gradients)
 
     return run
 

@@ -22,7 +22,7 @@ from scripts.bench_measure import (
     Side,
     can_measure_memory,
     interleave,
-    memory_line,
+    memory_lines,
     peak_memory,
 )
 from scripts.bench_models import published_rows
@@ -117,16 +117,9 @@ def _selection_in_memory(tokens: int, options: Options, working: dict[int, int])
         THEIRS: lambda _: runs[THEIRS],
     }
     measured = interleave(sides, options.repeats, "cpu", f"selection, {case}", same_selection)
-    yield Line(
-        "selection",
-        case,
-        "time, published / ours",
-        measured.ratios(THEIRS, OURS),
-        measured.same,
-        aim=">= 20" if tokens >= 4_000_000 else "",
-        facts={"seconds": measured.seconds},
-    )
-    yield memory_line("selection", case, runs, "cpu")
+    aim = ">= 20" if tokens >= 4_000_000 else ""
+    yield measured.line("selection", case, THEIRS, OURS, same=measured.same, aim=aim)
+    yield from memory_lines("selection", case, runs, "cpu")
     if can_measure_memory("cpu"):
         mask = np.ones(tokens, dtype=bool)
         found = peak_memory(lambda: select(lambda: blocks, CLEANING, out=mask), "cpu")
@@ -211,14 +204,8 @@ def _selection_on_disk(options: Options) -> Iterator[Line]:
         label = "selection on disk"
         measured = interleave(sides, options.repeats, "cpu", label, same_selection)
         tokens = int(pool.response_counts().sum())
-        yield Line(
-            "selection",
-            f"{tokens:,} tokens, tables on disk to labels on disk",
-            "time, published / ours",
-            measured.ratios(THEIRS, OURS),
-            measured.same,
-            facts={"seconds": measured.seconds, "response tokens": tokens},
-        )
+        case = f"{tokens:,} tokens, tables on disk to labels on disk"
+        yield measured.line("selection", case, THEIRS, OURS, same=measured.same)
 
 
 def tables(options: Options) -> Iterator[Line]:
@@ -248,15 +235,8 @@ def tables(options: Options) -> Iterator[Line]:
         }
         measured = interleave(sides, options.repeats, "cpu", "tables", check)
         case = f"{len(pool):,} samples, {sum(map(len, losses)):,} losses"
-        yield Line(
-            "tables",
-            case,
-            "time to load, published / ours",
-            measured.ratios(THEIRS, OURS),
-            measured.same,
-            aim=">= 50",
-            facts={"seconds": measured.seconds},
-        )
+        ratio = "time to load, published / ours"
+        yield measured.line("tables", case, THEIRS, OURS, ratio, same=measured.same, aim=">= 50")
         # Ours holds positions and token ids as well.
         arrow = sum(part.stat().st_size for part in (folder / "arrow").iterdir())
         pickled = (folder / "pickle").stat().st_size
@@ -324,12 +304,15 @@ def _growth(
     if can_measure_memory(options.device):
         for factor, folder in folders.items():
             memory[factor] = peak_memory(side(folder)(0), options.device)
-    facts = {"seconds": measured.seconds, "tokens": tokens, "bytes": memory}
+    facts = {"tokens": tokens, "bytes": memory}
     for factor in list(folders)[1:]:
         case = f"{what}, {tokens[factor]:,} / {tokens[1]:,} tokens"
+        line = measured.line("scaling", case, f"{factor}x", "1x", "time per token", facts=facts)
         share = tokens[1] / tokens[factor]
-        values = [ratio * share for ratio in measured.ratios(f"{factor}x", "1x")]
-        yield Line("scaling", case, "time per token", values, aim="<= 1", facts=facts)
+        line.values = [value * share for value in line.values]
+        line.processor = (line.processor or 0.0) * share
+        line.aim = "<= 1"
+        yield line
         for kind in memory.get(1, {}):
             ratio = memory[factor][kind] / max(memory[1][kind], 1)
             yield Line("scaling", case, f"{kind} memory", [ratio], facts=facts)

@@ -18,7 +18,7 @@ from scripts.bench_measure import (
     can_measure_memory,
     interleave,
     markdown,
-    memory_line,
+    memory_lines,
     peak_memory,
 )
 from scripts.bench_published import Row, cleaned, differences, select
@@ -141,7 +141,7 @@ def test_sides_take_turns_and_the_worst_agreement_counts() -> None:
     )
     assert calls == [(name, i) for i in (-1, 0, 1, 2) for name in ("ours", "published")]
     assert measured.same == {"gap": 0.5, "equal": False}
-    assert len(measured.ratios("published", "ours")) == 3
+    assert len(measured.line("part", "case", "published", "ours").values) == 3
 
 
 @pytest.mark.skipif(not can_measure_memory("cpu"), reason="needs Linux")
@@ -149,19 +149,24 @@ def test_peak_memory_is_that_of_the_work_alone() -> None:
     before = bytearray(b"x") * (64 << 20)
     found = peak_memory(lambda: bytearray(b"x") * (32 << 20), "cpu")
     assert found["peak"] == pytest.approx(32 << 20, rel=0.1)
-    line = memory_line(
-        "part",
-        "case",
-        {"ours": lambda: bytearray(b"x") * (16 << 20), "published": lambda: before[: 32 << 20]},
-        "cpu",
-    )
-    assert line.values[0] == pytest.approx(0.5, abs=0.1)
+    runs = {
+        "ours": lambda: bytearray(b"x") * (16 << 20),
+        "published": lambda: before[: 32 << 20],
+        "peer": lambda: before[: 16 << 20],
+    }
+    lines = list(memory_lines("part", "case", runs, "cpu"))
+    assert [line.ratio[13:] for line in lines] == ["ours / published", "ours / peer"]
+    assert [line.values[0] for line in lines] == pytest.approx([0.5, 1.0], abs=0.1)
 
 
 def test_the_table() -> None:
     ran = Line("scoring", "small", "time", [2.0, 4.0, 3.0], {"nll": 1e-6, "equal": True}, ">= 2")
+    ran.processor = 2.5
     left_out = Line("training", "small", "time, TRL / ours", [], note=bench_peer.MISSING)
     header, _, first, second = markdown([ran, left_out]).splitlines()
-    assert header == "| part | case | ratio | median | min .. max | aim | same numbers |"
-    assert first == "| scoring | small | time | 3 | 2 .. 4 | >= 2 | nll 1.0e-06, equal yes |"
+    assert (
+        header
+        == "| part | case | ratio | median | min .. max | processor time | aim | same numbers |"
+    )
+    assert first == "| scoring | small | time | 3 | 2 .. 4 | 2.5 | >= 2 | nll 1.0e-06, equal yes |"
     assert second.split(" | ")[3:5] == ["not run", bench_peer.MISSING]

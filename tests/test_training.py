@@ -118,7 +118,7 @@ class Watch(Callback):
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.gradients.append({n: p.grad.clone() for n, p in trained.items()})
         self.weights.append({n: p.detach().clone() for n, p in trained.items()})
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.logged.append({**trainer.callback_metrics, **module.last_step})
         self.losses.append(self.logged[-1]["train/loss"])
 
 
@@ -675,6 +675,7 @@ trainer.fit(module, data)
 if trainer.is_global_zero:
     state = {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
     metrics = {k: v.detach().clone() for k, v in trainer.callback_metrics.items()}
+    metrics |= {k: torch.tensor(v) for k, v in module.last_step.items()}
     save_file({**state, **metrics}, out)
 """
 

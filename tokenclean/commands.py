@@ -220,7 +220,8 @@ def fit(argv: list[str]) -> None:
             cost.disk = directory_bytes([result, checkpoints, cli.folder / "merged"])
         if trainer.is_global_zero:
             ledger.store()
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            metrics |= module.last_step
             write_summary(
                 cli.folder,
                 {

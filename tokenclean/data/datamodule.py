@@ -355,13 +355,14 @@ class _Steps(Dataset[GlobalBatch]):
     reduction: Reduction
     rank: int
     world: int
+    _planned: tuple[int, list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __getitem__(self, key: tuple[int, int]) -> GlobalBatch:
         epoch, step = key
-        members = plan_epoch(len(self.rows), self.batch_size, self.seed, epoch)[step]
+        members = self._epoch(epoch)[step]
         factors = self._factors(self.rows.counts[members])
         mine = share_of_rank(self.rows.lengths[members], self.rank, self.world)
         samples = []
@@ -376,6 +377,12 @@ class _Steps(Dataset[GlobalBatch]):
             kept=int(self.rows.counts[members].sum()),
             responses=int(self.rows.responses[members].sum()),
         )
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        if self._planned is None or self._planned[0] != epoch:
+            plan = plan_epoch(len(self.rows), self.batch_size, self.seed, epoch)
+            self._planned = (epoch, plan)
+        return self._planned[1]
 
     def _factors(self, counts: np.ndarray) -> np.ndarray:
         """What each member's token weights are multiplied by, float64, shape (members,)."""

@@ -321,11 +321,14 @@ class Tokeniser:
                 high = min(first + max(end - stripped, 0), last)
                 labels[low:high] = np.minimum(labels[low:high], label)
             # A token takes the worst label among its characters: -1 < 0 < 1.
-            truth = np.zeros(len(ids), dtype=np.int8)
-            for t in np.flatnonzero(mask):
-                # A blank whose offsets were trimmed away ends where they stand.
-                start, end = offsets[t]
-                truth[t] = labels[min(start, end - 1) : end].min()
+            corrupted, idle = (
+                np.concatenate([[0], np.cumsum(labels == label)]) for label in (-1, 0)
+            )
+            # A blank whose offsets were trimmed away ends where they stand.
+            starts, ends = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
+            worst = np.where(idle[ends] > idle[starts], 0, 1)
+            worst[corrupted[ends] > corrupted[starts]] = -1
+            truth = np.where(mask, worst, 0).astype(np.int8)
         cut = slice(0, self.max_length)
         return TokenisedSample(
             input_ids=ids[cut],

@@ -106,6 +106,7 @@ def quieten() -> None:
     """Both sides say a great deal about what they do, and transformers about what is deprecated."""
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="lightning")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -107,8 +107,9 @@ def interleave(
     device: str,
     label: str,
     check: Callable[[dict[str, Any]], Same] | None = None,
+    warm_up: bool = True,
 ) -> Measured:
-    """Run all sides in turn, again and again, after a warm-up of each.
+    """Run all sides in turn, again and again.
 
     Args:
         sides: by name.
@@ -116,10 +117,11 @@ def interleave(
         device: waited for before the clock is read.
         label: for the progress lines.
         check: compares what the sides returned in one repeat.
+        warm_up: run each once before, without a clock.
     """
     measured = Measured({name: [] for name in sides}, {name: [] for name in sides})
     running = dict(sides)
-    for repeat in range(-1, repeats):
+    for repeat in range(-1 if warm_up else 0, repeats):
         results: dict[str, Any] = {}
         for name, side in list(running.items()):
             try:

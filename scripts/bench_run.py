@@ -99,6 +99,9 @@ def run(options: Options) -> Iterator[Line]:
             )
 
         sides = {OURS: ours, THEIRS: theirs}
-        measured = interleave(sides, options.few_repeats, options.device, "run")
+        # Minutes long: a warm-up would not show.
+        measured = interleave(
+            sides, max(1, options.repeats // 2), options.device, "run", warm_up=False
+        )
     case = f"planted pool, {options.run_samples:,} samples, self-evolving"
     yield measured.line("run", case, THEIRS, OURS)

@@ -26,13 +26,14 @@ from tokenclean.arrow import (
     write_json,
     write_shard,
 )
+from tokenclean.data.datamodule import CPU_BUDGET, GPU_BUDGET
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.models import LoraSettings, Network
 
 ROOT = Path(__file__).resolve().parent.parent
 EOS = 1
 #: tokens per forward pass on our side
-BUDGET = 8192
+BUDGET = GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET
 #: share of the response tokens that is kept
 KEEP = 0.6
 #: tokens kept of each sample in the paper
@@ -118,7 +119,7 @@ class Options:
         parts: see `PARTS`.
         vocabulary: vocabularies of the CPU shapes; other shapes have their own.
         repeats: of the parts that take seconds; training and run, which take minutes, are repeated
-            half as often.
+            half as often, memory not at all.
         device: cpu or cuda.
         shape: see `SHAPES`.
         samples: scored per repeat, each repeat its own.

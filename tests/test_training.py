@@ -118,7 +118,8 @@ class Watch(Callback):
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.gradients.append({n: p.grad.clone() for n, p in trained.items()})
         self.weights.append({n: p.detach().clone() for n, p in trained.items()})
-        self.logged.append({**trainer.callback_metrics, **module.last_step})
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.logged.append({**metrics, **module.last_step})
         self.losses.append(self.logged[-1]["train/loss"])
 
 

@@ -38,6 +38,8 @@ from tokenclean.data.template import TemplateName, Tokeniser
 log = logging.getLogger(__name__)
 
 Reduction = Literal["tokens", "published"]
+#: Tokens per forward pass, where nobody says otherwise.
+GPU_BUDGET, CPU_BUDGET = 8192, 2048
 #: Rows per device and step in the published training script.
 PUBLISHED_ROWS = 6
 
@@ -82,7 +84,8 @@ class TuluDataModule(LightningDataModule):
         test_path: planted test set; its informative tokens are the answers that accuracy is
             measured on.
         batch_size: samples per optimiser step, over all processes.
-        token_budget: tokens per forward pass; micro-batches are filled up to it.
+        token_budget: tokens per forward pass; micro-batches are filled up to it. null: 8,192 on a
+            machine with a GPU, 2,048 on one without, where more only leaves the processor's cache.
         reduction: ``tokens`` averages over the kept tokens of the global batch (Eq. 1);
             ``published`` averages per 6 rows and then over those means, as the released code does.
         seed: of the split and of the training order.
@@ -105,7 +108,7 @@ class TuluDataModule(LightningDataModule):
         validation_share: float = 0.0,
         test_path: str | None = None,
         batch_size: int = 48,
-        token_budget: int = 8192,
+        token_budget: int | None = None,
         reduction: Reduction = "tokens",
         seed: int = 0,
         cache_dir: str = "outputs/cache",
@@ -123,6 +126,8 @@ class TuluDataModule(LightningDataModule):
         self.subset = [subset] if isinstance(subset, int) else subset
         self.validation_path, self.validation_share = validation_path, validation_share
         self.test_path = test_path
+        if token_budget is None:
+            token_budget = GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET
         self.batch_size, self.token_budget, self.reduction = batch_size, token_budget, reduction
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.layout: Layout = "packed"

@@ -50,6 +50,17 @@ def _pad(rows: Sequence[Row], device: str) -> dict[str, Tensor]:
     return {name: torch.tensor(values, device=device) for name, values in padded.items()}
 
 
+def _forward(model: Any, batch: dict[str, Tensor], device: str) -> tuple[Any, Tensor]:
+    """The model's output and float32 logits of every position but the last.
+
+    The labels go in, so the output holds a loss of the model's own, the first of the two. On a GPU
+    under bf16, as published.
+    """
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        output = model(**batch)
+    return output, output.logits[:, :-1].float()
+
+
 # -- scoring ----------------------------------------------------------------------------------
 
 
@@ -62,8 +73,7 @@ def score(model: Any, rows: Sequence[Row], max_length: int, device: str = "cpu")
     losses: list[list[float]] = []
     for rows_of_batch in _batches(rows):
         batch = _pad(rows_of_batch, device)
-        output = model(**batch)  # with labels, so its own loss is computed too
-        logits = output.logits[:, :-1].float()
+        _, logits = _forward(model, batch, device)
         labels = batch["labels"][:, 1:]
         flat = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none"
@@ -149,8 +159,8 @@ def train_step(model: Any, optimizer: Any, rows: Sequence[Row], device: str = "c
     kept = sum(label != NO_LOSS for row in rows for label in row.labels[1:])
     for rows_of_batch in _batches(rows):
         batch = _pad(rows_of_batch, device)
-        output = model(**batch)  # with labels, so its own loss is computed too
-        logits = output.logits[:, :-1].float()
+        # The output stays until the backward pass is done, and so does its own loss's graph.
+        _output, logits = _forward(model, batch, device)
         labels = batch["labels"][:, 1:].reshape(-1)
         losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, reduction="none")
         (losses.sum() / kept).backward()

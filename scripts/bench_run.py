@@ -66,7 +66,7 @@ def run(options: Options) -> Iterator[Line]:
     and parses its command line; the published side gets the tokens for nothing and one process for
     all of its stages.
     """
-    settings = _settings()
+    settings, on_gpu = _settings(), options.device == "cuda"
     base, max_length = str(ROOT / settings["model"]["base"]["name"]), settings["data"]["max_length"]
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
@@ -86,6 +86,7 @@ def run(options: Options) -> Iterator[Line]:
             argv += ["--data.validation_path", "null", "--data.test_path", "null"]
             argv += ["--data.cache_dir", str(place / "cache")]  # nothing is left from last time
             argv += ["--trainer.accelerator", options.device]
+            argv += ["--trainer.precision", "bf16-mixed" if on_gpu else "32-true"]
             argv += ["--trainer.enable_progress_bar", "false"]
             argv += ["--outputs", str(place), "--name", "run"]
             return lambda: commands.clean(argv)

@@ -19,6 +19,7 @@ import torch
 from conftest import byte_level_tokenizer, conversation, llama_nll_float64, tiny_llama, write_jsonl
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_p
 from tokenclean.data.datamodule import GlobalBatch, TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
-from tokenclean.models import BaseConfig, LoraSettings, Network, load_tokenizer
+from tokenclean.models import BaseConfig, LoraSettings, Network, Speed, load_tokenizer
 from tokenclean.training.module import CleanedSFTModule, paper_optimizer
 
 ROWS = 48
@@ -714,3 +715,82 @@ def test_two_processes_train_the_same_weights(
     assert relative({k: two[k] for k in trained}, trained) < 1e-5
     for name in ("train/loss", "train/gradient_norm", "validation/loss"):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4)
+
+
+# -- memory, and the approximate backward pass ---------------------------------------------------
+
+
+def test_checkpointing_follows_the_memory_at_hand(
+    model_folder: Path, data: TuluDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = adapted(model_folder)
+    data.batch_size = ROWS
+    plain = fit(network, data, data.pool)
+    assert not network.hf.is_gradient_checkpointing
+    monkeypatch.setattr("tokenclean.estimate.free_memory", lambda device: 1)
+    saving = fit(network, data, data.pool)
+    assert network.hf.is_gradient_checkpointing
+    assert relative(saving.gradients[0], plain.gradients[0]) < 1e-6
+    # asked for or not, what the option says goes before the estimate
+    fit(network, data, data.pool, {"gradient_checkpointing": False})
+    assert not network.hf.is_gradient_checkpointing
+    monkeypatch.undo()
+    fit(network, data, data.pool, {"gradient_checkpointing": True})
+    assert network.hf.is_gradient_checkpointing
+
+
+def test_kept_backward_is_the_approximate_gradient(
+    model_folder: Path, data: TuluDataModule, tmp_path: Path
+) -> None:
+    table = cleaned(data.pool, some, tmp_path)
+    data.batch_size = ROWS
+    exact = fit(adapted(model_folder), data, table)
+    kept = fit(adapted(model_folder), data, table, {"backward": "kept_tokens"})
+    again = fit(
+        adapted(model_folder), data, table,
+        {"backward": "kept_tokens", "gradient_checkpointing": True},
+    )  # fmt: skip
+    assert kept.losses == pytest.approx(exact.losses, rel=1e-6)
+    assert 0.005 < relative(kept.gradients[0], exact.gradients[0]) < 1.0
+    assert relative(again.gradients[0], kept.gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": None}, "model.backward: kept_tokens needs LoRA"),
+        ({"base": BaseConfig("x", speed=Speed(lean_lora=False))}, "lean_lora"),
+        ({"base": BaseConfig("x", load_in_4bit=True)}, "does not go with 4-bit"),
+    ],
+)
+def test_kept_backward_needs_the_lean_forward(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CleanedSFTModule(**{"base": BaseConfig("x"), "backward": "kept_tokens", **options})
+
+
+class Scalars(Logger):
+    """A logger that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int | None, dict[str, float]]] = []
+
+    name, version = "scalars", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.seen.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3])])
+def test_scalars_of_a_step_reach_the_logger(
+    model_folder: Path, data: TuluDataModule, every: int, steps: list[int]
+) -> None:
+    data.batch_size = 10  # five steps
+    logger = Scalars()
+    watch = fit(adapted(model_folder), data, data.pool, logger=logger, log_every_n_steps=every)
+    ours = [(step, m) for step, m in logger.seen if "train/loss" in m]
+    assert [step for step, _ in ours] == steps
+    assert [m["train/loss"] for _, m in ours] == [watch.losses[step] for step in steps]

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MANIFEST = "manifest.json"
-#: Rows per shard: a few MB for samples of ordinary length.
-ROWS_PER_SHARD = 4096
+#: Rows per shard, and so what a writer holds in memory: some MB for samples of ordinary length.
+ROWS_PER_SHARD = 1024
 
 
 @contextmanager

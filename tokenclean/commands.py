@@ -344,6 +344,8 @@ def select(argv: list[str]) -> None:
                 "ranked": selected.ranked,
                 "kept": selected.kept,
                 "cut": selected.cut,
+                "near_cut": selected.near_cut,
+                "noise": scored.noise,
                 "rows_seen_by_reference": int(scored.seen.sum()),
                 "cleaned_pool": str(folder / "cleaned"),
             },

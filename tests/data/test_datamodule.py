@@ -26,6 +26,7 @@ from tokenclean.data.datamodule import GlobalBatch, TuluDataModule
 from tokenclean.data.pool import BadData
 from tokenclean.data.rows import TokenRows
 from tokenclean.data.template import fingerprint_tokenizer
+from tokenclean.models import BaseConfig, Network, load_tokenizer
 
 
 def ready(path: Path | str, tmp_path: Path, **options: Any) -> TuluDataModule:
@@ -521,3 +522,41 @@ def test_padding_uses_the_tokenizers_id(pool_file: Path, tmp_path: Path) -> None
     module.layout = "padded"
     (batch,) = module.predict_dataloader()
     assert (batch.input_ids[-1, -1]).item() == 2
+
+
+def test_cutting_after_the_last_target_changes_only_what_is_computed(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    # a second user turn follows the last answer: it predicts nothing
+    turns = ("user", "assistant", "user")
+    rows = [
+        {"messages": [{"role": r, "content": f"{r} says {i} " * (i + 1)} for r in turns]}
+        for i in range(9)
+    ]
+    network = Network.load(BaseConfig(str(model_folder)))
+    losses, tokens = [], []
+    for cut in (True, False):
+        data = TuluDataModule(
+            str(write_jsonl(tmp_path / "pool.jsonl", rows)),
+            max_length=96,
+            cache_dir=str(tmp_path / "cache"),
+            cut_after_last_target=cut,
+        )
+        data.use_tokenizer(load_tokenizer(BaseConfig(str(model_folder))))
+        data.prepare_data()
+        data.setup()
+        pool = TokenRows(data.pool)
+        found: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            batches = list(data.scoring_loader(pool))
+            for batch in batches:
+                found |= dict(batch.split(network(batch)))
+        losses.append(found)
+        tokens.append(sum(batch.tokens for batch in batches))
+        (step, *_) = data.training_loader(pool)
+        assert sum(micro.tokens for micro in step.micro) == tokens[-1]  # all nine in one step
+    assert tokens[1] == sum(len(data.pool.input_ids[i]) for i in range(9))
+    last = [int(data.pool.response_positions(i)[-1]) for i in range(9)]
+    assert tokens[0] == sum(last) < tokens[1]
+    for row in range(9):
+        torch.testing.assert_close(losses[0][row], losses[1][row], rtol=0, atol=5e-6)

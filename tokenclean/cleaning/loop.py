@@ -476,11 +476,12 @@ class CleaningLoop:
             cost.samples, cost.targets = len(scored.rows), len(selected.keep)
             cost.disk = directory_bytes([step / "cleaned"])
         log.info(
-            "%s: kept %d of %d response tokens%s%s",
+            "%s: kept %d of %d response tokens%s%s%s",
             step,
             selected.kept,
             selected.ranked,
             "" if selected.cut is None else f", cut at score {selected.cut:.6g}",
+            _share_near_the_cut(selected.near_cut, scored.noise),
             f"; the reference saw {int(scored.seen.sum())} rows" if scored.seen.any() else "",
         )
 
@@ -493,7 +494,9 @@ class CleaningLoop:
         table = pa.Table.from_batches([b for pool in pools for b in pool.batches()])
         row_of_id = {id: row for row, id in enumerate(self.pool.ids)}
         order = np.argsort([row_of_id[id] for pool in pools for id in pool.values("id")])
-        kept_facts = ("base", "reference", "ranked_tokens", "kept_tokens", "cut")
+        kept_facts = (
+            "base", "reference", "ranked_tokens", "kept_tokens", "cut", "near_cut", "noise"
+        )  # fmt: skip
         manifest = {
             **pools[0].manifest,
             "selection": asdict(selection),
@@ -598,6 +601,12 @@ class CleaningLoop:
     @property
     def _cache(self) -> Path:
         return self.data.cache_dir
+
+
+def _share_near_the_cut(share: float | None, noise: float | None) -> str:
+    if share is None or noise is None:
+        return ""
+    return f" ({share:.2%} within the numerical noise of it, {noise:.1e})"
 
 
 def _is_trained(step: Path) -> bool:

@@ -31,12 +31,19 @@ class Sample:
         input_ids: int32, shape (T,).
         positions: tokens to predict, ascending, at least 1 each; int64, shape (n,).
         weights: float32, shape (n,); the loss weight of each.
+        length: leading tokens to compute: up to the last target, after which nothing matters to a
+            causal model, unless told otherwise.
     """
 
     row: int
     input_ids: np.ndarray
     positions: np.ndarray
     weights: np.ndarray
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.length and len(self.positions):
+            self.length = int(self.positions[-1])
 
 
 @dataclass
@@ -90,8 +97,8 @@ def collate(samples: Sequence[Sample], layout: Layout = "packed", pad_id: int = 
     """
     samples = [s for s in samples if len(s.positions)]
     # Longest first, so that samples of equal length are neighbours (attention batches them).
-    samples = sorted(samples, key=lambda s: -int(s.positions[-1]))
-    lengths = [int(s.positions[-1]) for s in samples]
+    samples = sorted(samples, key=lambda s: -s.length)
+    lengths = [s.length for s in samples]
     width = max(lengths, default=0)
     if layout == "packed":
         starts = np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64)

@@ -86,6 +86,8 @@ class TuluDataModule(LightningDataModule):
         batch_size: samples per optimiser step, over all processes.
         token_budget: tokens per forward pass; micro-batches are filled up to it. null: 8,192 on a
             machine with a GPU, 2,048 on one without, where more only leaves the processor's cache.
+        cut_after_last_target: leave out what follows a sample's last target: the losses are the
+            same without.
         reduction: ``tokens`` averages over the kept tokens of the global batch (Eq. 1);
             ``published`` averages per 6 rows and then over those means, as the released code does.
         seed: of the split and of the training order.
@@ -109,6 +111,7 @@ class TuluDataModule(LightningDataModule):
         test_path: str | None = None,
         batch_size: int = 48,
         token_budget: int | None = None,
+        cut_after_last_target: bool = True,
         reduction: Reduction = "tokens",
         seed: int = 0,
         cache_dir: str = "outputs/cache",
@@ -129,6 +132,7 @@ class TuluDataModule(LightningDataModule):
         if token_budget is None:
             token_budget = GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET
         self.batch_size, self.token_budget, self.reduction = batch_size, token_budget, reduction
+        self.cut = cut_after_last_target
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.layout: Layout = "packed"
         self.pad_id = 0
@@ -295,6 +299,7 @@ class TuluDataModule(LightningDataModule):
 
     def scoring_loader(self, rows: TokenRows) -> DataLoader:
         """Length-sorted batches of at most ``token_budget`` tokens; this rank's share of them."""
+        rows = rows if self.cut else rows.to_the_end()
         plan = plan_batches(rows.lengths, self.token_budget, self.layout)
         rank, world = self._place()
         # Every process gets as many batches as the others, some of them empty: a process without
@@ -309,7 +314,7 @@ class TuluDataModule(LightningDataModule):
             raise ValueError("data.path: no token carries loss, so there is nothing to train on")
         rank, world = self._place()
         steps = _Steps(
-            rows=rows,
+            rows=rows if self.cut else rows.to_the_end(),
             batch_size=self.batch_size,
             seed=self.seed,
             budget=self.token_budget,

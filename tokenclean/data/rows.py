@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -41,9 +43,17 @@ class TokenRows(Dataset[Sample]):
             lengths, counts = extents(self._labels, NO_LOSS)
         self.lengths, self.counts = lengths[self.rows], counts[self.rows]
         self.responses = responses[self.rows]
+        self._cut = True
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to_the_end(self) -> TokenRows:
+        """The same rows, computed to their last token instead of their last target."""
+        whole = copy.copy(self)
+        whole.lengths = np.where(self.counts > 0, self._input_ids.counts()[self.rows], 0)
+        whole._cut = False
+        return whole
 
     def ids_with_targets(self) -> list[str]:
         """Ids of the samples that teach something: what a model trained on these rows has seen."""
@@ -61,4 +71,5 @@ class TokenRows(Dataset[Sample]):
             # As everywhere: nothing precedes the first token, so nothing can predict it.
             positions = np.flatnonzero(self._labels[row][1:] != NO_LOSS) + 1
             weights = self._weights[row][positions]
-        return Sample(row=row, input_ids=input_ids, positions=positions, weights=weights)
+        length = int(positions[-1]) if self._cut and len(positions) else len(input_ids)
+        return Sample(row, input_ids, positions, weights, length)

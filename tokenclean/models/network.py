@@ -226,10 +226,11 @@ class Network(nn.Module):
         """Try variable-length attention where the weights now are; do without it if it fails."""
         if self.layout != "packed" or not self.speed.varlen_attention or self.device.type != "cuda":
             return
-        samples = self._probe_samples()
+        training = self.training
+        self.eval()  # dropout would differ between the two
         self.speed = replace(self.speed, varlen_attention=False)
-        batch = collate(samples, "packed").to(self.device)
-        with torch.no_grad():
+        batch = collate(self._probe_samples(), "packed").to(self.device)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             want = self(batch)
             self.speed = replace(self.speed, varlen_attention=True)
             try:
@@ -237,6 +238,7 @@ class Network(nn.Module):
                 error = None if gap <= 0.2 else f"per-token losses differ by {gap:.3g}"
             except (RuntimeError, ValueError, TypeError) as failure:
                 error = f"{type(failure).__name__}: {failure}"
+        self.train(training)
         if error is not None:
             self.speed = replace(self.speed, varlen_attention=False)
             log.warning("no variable-length attention on this device (%s)", error)

@@ -110,7 +110,7 @@ class _Cli(LightningCLI):
                 "enable_model_summary": False,
                 "precision": precision,
                 "max_epochs": 1,
-                "log_every_n_steps": 1,
+                "log_every_n_steps": 5,
             },
         )
 

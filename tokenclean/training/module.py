@@ -250,11 +250,11 @@ class CleanedSFTModule(LightningModule):
             "train/tokens_per_second": tokens / (self.network.seconds - before),
             "train/kept_tokens_seen": float(self.kept_seen),
         }
-        self.log("train/loss", loss, prog_bar=True, logger=False)
-        # Past Lightning's own bookkeeping, which would take a twentieth of a small model's step.
+        # Mostly past Lightning's own bookkeeping, which is a twentieth of a small model's step.
         trainer: Any = self.trainer
         number = trainer.fit_loop.total_batch_idx
         if (number + 1) % trainer.log_every_n_steps == 0:
+            self.log("train/loss", loss, prog_bar=True, logger=False)
             for logger in self.loggers:
                 logger.log_metrics(self.last_step, step=number)
 

@@ -37,23 +37,21 @@ class ScoreCache:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def take(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> bool:
+    def has(self, manifest: dict[str, Any], rows: np.ndarray) -> bool:
+        """Whether the cache holds a table of these rows; arguments as in `take`."""
+        return (self._entry(manifest, rows) / MANIFEST).is_file()
+
+    def take(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
         """Make ``table`` from the cache.
 
         Args:
             manifest: see `score_manifest`.
             rows: pool rows that are wanted, int64.
             table: the folder to make.
-
-        Returns:
-            Whether the cache had it.
         """
         entry = self._entry(manifest, rows)
-        if not (entry / MANIFEST).is_file():
-            return False
         _link(entry, table)
         log.info("model %s is not run: its scores are in %s", manifest["model"], entry)
-        return True
 
     def put(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
         """Keep a finished table under the manifest it was started with."""

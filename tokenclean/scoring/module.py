@@ -193,7 +193,9 @@ def score_pool(
     pool, network = rows.table, module.network
     assert isinstance(pool, TokenPool) and network is not None
     manifest = score_manifest(pool, module.base, module.adapters, network, budget, trainer)
-    if cache is not None and cache.take(manifest, rows.rows, folder):
+    if cache is not None and cache.has(manifest, rows.rows):
+        if trainer.is_global_zero:
+            cache.take(manifest, rows.rows, folder)
         return False
     callbacks: Any = trainer
     callbacks.callbacks.append(ScoreWriter(rows, folder, manifest, against))

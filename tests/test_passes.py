@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from test_models import LENGTHS, LORA, V, draw, randomise
+from test_models import LENGTHS, LORA, V, draw, gpt2, randomise
 from torch import Tensor, nn
 
 from tokenclean.data.batches import Batch, Layout, collate
@@ -154,6 +154,7 @@ def test_a_merged_pass_gives_the_losses_and_the_weights_back() -> None:
             torch.testing.assert_close(made(BATCH), want, rtol=0, atol=5e-6)
             assert made.fingerprint() == fingerprint
         assert torch.equal(made(BATCH), want)
+    assert not any(p.requires_grad for p in made.parameters())
     assert not torch.allclose(want, want_first, atol=1e-2)
     for name, parameter in adapted_weights(made).items():
         assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
@@ -208,7 +209,7 @@ def test_frozen_adapters_are_merged_under_a_trained_one() -> None:
     assert all(torch.equal(p, adapted_weights(plain)[n]) for n, p in adapted_weights(made).items())
 
 
-def test_half_precision_weights_are_not_merged_for_training() -> None:
+def test_bfloat16_weights_are_never_merged() -> None:
     model = tiny_llama(V).to(torch.bfloat16)
     made = Network(copy.deepcopy(model), speed=Speed())
     for _ in range(2):
@@ -217,6 +218,11 @@ def test_half_precision_weights_are_not_merged_for_training() -> None:
     own = dict(model.named_parameters())
     for name, parameter in adapted_weights(made).items():
         assert torch.equal(parameter, own[name.removeprefix("hf.").replace(".base_layer", "")])
+    made.freeze()
+    with made.merged():
+        assert all(p.dtype == torch.bfloat16 for p in adapted_weights(made).values())
+        assert torch.equal(made(BATCH), made(BATCH))
+        assert not made._unmerged
 
 
 def test_without_room_nothing_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +255,14 @@ def test_in_float32_is_the_float32_model(half: torch.dtype) -> None:
             got = narrow(BATCH)
     assert float(gap) > 1e-3
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_in_float32_widens_other_architectures_too() -> None:
+    rounded = gpt2().to(torch.bfloat16)
+    narrow, wide = Network(copy.deepcopy(rounded)), Network(rounded.float())
+    batch = collate(draw([6, 4]), narrow.layout)
+    with torch.no_grad(), in_float32(torch.device("cpu")):
+        torch.testing.assert_close(narrow(batch), wide(batch), rtol=0, atol=1e-5)
 
 
 # -- backward through kept tokens ---------------------------------------------------------------

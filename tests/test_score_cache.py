@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_scoring import data_for, score
 
 from tokenclean.models import BaseConfig, LoraSettings, Network
@@ -131,3 +133,49 @@ def test_noise_is_the_gap_to_a_float32_pass(
     assert rounded.noise["p50"] < rounded.noise["p99"] <= rounded.noise["max"]
     stored = ScoreTable(tmp_path / "rounded").manifest["noise"]
     assert stored == rounded.noise
+
+
+def test_a_noise_that_cannot_be_measured_loses_no_pass(
+    model_folder: Path,
+    pool_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unable(self: ScoringModule) -> dict[str, float]:
+        raise RuntimeError("mixed dtype")
+
+    monkeypatch.setattr(ScoringModule, "_measure_noise", unable)
+    data = data_for(model_folder, pool_file, tmp_path / "cache")
+    table = score(ScoringModule(BaseConfig(str(model_folder))), data, tmp_path / "scores")
+    assert len(table) == 40 and "noise" not in table.manifest
+    assert "could not be measured: mixed dtype" in caplog.text
+
+
+def test_a_signal_ends_a_pass_at_once(
+    model_folder: Path, pool_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ScoringModule(BaseConfig(str(model_folder)))
+    data = data_for(model_folder, pool_file, tmp_path / "cache")
+    monkeypatch.setattr(Trainer, "received_sigterm", property(lambda self: True))
+    with pytest.raises(SIGTERMException):
+        score(module, data, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+    assert module.network is not None and module.network.tokens == 0
+
+
+def test_the_configuration_is_part_of_the_model(model_folder: Path) -> None:
+    network = Network.load(BaseConfig(str(model_folder)))
+    before = network.config_hash()
+    network.hf.config._name_or_path = "elsewhere"
+    assert network.config_hash() == before
+    network.hf.config.rms_norm_eps = 0.01
+    assert network.config_hash() != before
+
+
+def test_a_taken_table_says_where_its_own_pool_lies(table: Path, tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "cache")
+    cache.put(MANIFEST, ROWS, table)
+    cache.take({**MANIFEST, "pool_folder": "there"}, ROWS, tmp_path / "taken")
+    assert '"pool_folder": "there"' in (tmp_path / "taken" / "manifest.json").read_text()
+    assert (table / "manifest.json").read_text() == "{}"

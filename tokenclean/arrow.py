@@ -38,8 +38,14 @@ def complete_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        partial.rename(path)
+    except OSError:
+        if not (path / MANIFEST).is_file():
+            raise
+        # Another process has finished the same folder meanwhile.
+        shutil.rmtree(partial)
 
 
 def write_json(path: Path, value: object) -> None:

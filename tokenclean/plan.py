@@ -251,8 +251,12 @@ class Planner:
                     size = depth * adapter_bytes(self.shape, self.lora)
                     costs.append(Cost(name, "train", disk=size))
             costs += (last := self.evaluate(name, depth))
-            if merged and last and self.lora is not None:
-                last[0].disk = parameter_bytes(self.shape, self.training.weights)
+            if merged and self.lora is not None:
+                size = parameter_bytes(self.shape, self.training.weights)
+                if last:
+                    last[0].disk = size
+                else:
+                    costs.append(Cost(name, "evaluate", disk=size))
         return costs
 
     def _round(

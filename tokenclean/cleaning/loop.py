@@ -550,6 +550,7 @@ class CleaningLoop:
         folder.mkdir(parents=True, exist_ok=True)
         # Lightning hands weights back to the CPU after every run.
         network = self._at(adapters).to(self._device)
+        network.check_on_device()
         result = ArmResult(name=name)
         with self._measured("evaluate", folder) as cost:
             with network.merged():

@@ -26,6 +26,7 @@ class TokenRows(Dataset[Sample]):
         lengths: input tokens that each row needs, int64: up to its last target, 0 without one.
         counts: targets of each row, int64.
         responses: response tokens of each row, kept or not, int64.
+        cut: rows are computed up to their last target.
     """
 
     def __init__(self, table: ArrowTable, rows: np.ndarray | None = None):
@@ -43,7 +44,7 @@ class TokenRows(Dataset[Sample]):
             lengths, counts = extents(self._labels, NO_LOSS)
         self.lengths, self.counts = lengths[self.rows], counts[self.rows]
         self.responses = responses[self.rows]
-        self._cut = True
+        self.cut = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +53,7 @@ class TokenRows(Dataset[Sample]):
         """The same rows, computed to their last token instead of their last target."""
         whole = copy.copy(self)
         whole.lengths = np.where(self.counts > 0, self._input_ids.counts()[self.rows], 0)
-        whole._cut = False
+        whole.cut = False
         return whole
 
     def ids_with_targets(self) -> list[str]:
@@ -71,5 +72,5 @@ class TokenRows(Dataset[Sample]):
             # As everywhere: nothing precedes the first token, so nothing can predict it.
             positions = np.flatnonzero(self._labels[row][1:] != NO_LOSS) + 1
             weights = self._weights[row][positions]
-        length = int(positions[-1]) if self._cut and len(positions) else len(input_ids)
+        length = int(positions[-1]) if self.cut and len(positions) else len(input_ids)
         return Sample(row, input_ids, positions, weights, length)

@@ -87,7 +87,12 @@ def check_adapter_folder(folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
-    unlike = {"use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"}
+    unlike = {
+        *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias"),
+        *("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
+        *("alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
+        *("arrow_config", "velora_config", "kasa_config", "monteclora_config"),
+    }
     found = sorted(option for option in unlike if config.get(option))
     if config.get("bias", "none") != "none":
         found.append("bias")

@@ -1,13 +1,14 @@
 """One causal LM in memory with a stack of LoRA adapters over it.
 
 Depth 0 is the base, depth 1 the warm-up model, depth t + 1 the model after round t. Adapters add
-up exactly (W + sum_i alpha/r * B_i A_i), so no merged copy is needed to score, to train on, or to
-go on from.
+up exactly (W + sum_i alpha/r * B_i A_i), so no merged model is needed on disk to score, to train
+on, or to go on from; a merged copy in memory only saves time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,7 +237,11 @@ class Network(nn.Module):
             try:
                 gap = float((self(batch) - want).abs().max())
                 error = None if gap <= 0.2 else f"per-token losses differ by {gap:.3g}"
-            except (RuntimeError, ValueError, TypeError) as failure:
+                trained = [p for p in self.parameters() if p.requires_grad]
+                if trained:
+                    with torch.enable_grad():
+                        torch.autograd.grad(self(batch).sum(), trained, allow_unused=True)
+            except Exception as failure:  # whatever it is, there is another way
                 error = f"{type(failure).__name__}: {failure}"
         self.train(training)
         if error is not None:
@@ -299,6 +304,14 @@ class Network(nn.Module):
             self._base_fingerprint = _hash_tensors(self._base_state())
         parts = [_hash_tensors(self._adapter_state(name)) for name in self.stack[: self.depth]]
         return "+".join([self._base_fingerprint, *parts])
+
+    def config_hash(self) -> str:
+        """Hash of what the model's configuration says about its computation."""
+        config = self.hf.config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(key, None)
+        text = json.dumps(config, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     # -- training -----------------------------------------------------------------------------
 
@@ -406,9 +419,8 @@ class Network(nn.Module):
     def _activate(self, depth: int, train_last: bool) -> None:
         """Make the first ``depth`` adapters count.
 
-        Under a trained one the frozen ones are merged where that rounds no more than adding them
-        does. peft switches gradients on for whatever it activates, so they are set again
-        afterwards.
+        Under a trained one the frozen ones are merged into float32 weights. peft switches gradients
+        on for whatever it activates, so they are set again afterwards.
         """
         self._unmerge()
         self.depth = depth
@@ -441,7 +453,8 @@ class Network(nn.Module):
         """Score with the active adapters added to a copy of the weights.
 
         Deltas are added in float32 and rounded once. Without adapters, with too little memory for
-        the copy or with ``speed.merge`` off nothing changes.
+        the copy, with ``speed.merge`` off or where the copy would be bfloat16, which rounds away
+        much of what an adapter adds, nothing changes.
 
         Args:
             dtype: of the copy: what products are computed in (float16 under ``16-mixed``); by
@@ -451,13 +464,18 @@ class Network(nn.Module):
         if self._unmerged or not names or not self._merge(names, dtype):
             yield self
             return
-        tuner = self._peft[0].base_model
+        mine, tuner = self._unmerged, self._peft[0].base_model
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
         tuner.disable_adapter_layers()
         try:
             yield self
         finally:
-            self._unmerge()
-            tuner.enable_adapter_layers()
+            # After an error somebody else may have put things right already.
+            if self._unmerged is mine:
+                self._unmerge()
+                tuner.enable_adapter_layers()
+                for name, parameter in self.named_parameters():
+                    parameter.requires_grad_(name in trained)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -467,6 +485,8 @@ class Network(nn.Module):
             m for m in self.hf.modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")
         ]
         if not self.speed.merge or any(type(m.base_layer) is not nn.Linear for m in modules):
+            return False
+        if (dtype or self.hf.dtype) == torch.bfloat16:
             return False
         weights = [m.base_layer.weight for m in modules]
         need = sum(w.numel() * (dtype or w.dtype).itemsize for w in weights)

@@ -57,10 +57,17 @@ class _Float32(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear:
+        if func in _WIDENED:
             args = tuple(x.float() if isinstance(x, Tensor) and _is_half(x) else x for x in args)
         result = func(*args, **(kwargs or {}))
         return result.float() if func is F.embedding and _is_half(result) else result
+
+
+#: Functions that mix an activation with weights (`addmm`: GPT-2's linears).
+_WIDENED = {
+    *(F.linear, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
+    *(torch.addmm, torch.matmul, torch.bmm, torch.baddbmm),
+}
 
 
 def _is_half(x: Tensor) -> bool:

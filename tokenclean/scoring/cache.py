@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST, complete_folder
+from tokenclean.arrow import MANIFEST, complete_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,15 @@ class ScoreCache:
             table: the folder to make.
         """
         entry = self._entry(manifest, rows)
-        _link(entry, table)
+        places = {k: manifest[k] for k in _PLACES}
+        _link(entry, table, places)
         log.info("model %s is not run: its scores are in %s", manifest["model"], entry)
 
     def put(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
         """Keep a finished table under the manifest it was started with."""
-        _link(table, self._entry(manifest, rows))
+        entry = self._entry(manifest, rows)
+        if not (entry / MANIFEST).is_file():
+            _link(table, entry)
 
     def _entry(self, manifest: dict[str, Any], rows: np.ndarray) -> Path:
         content = {k: v for k, v in manifest.items() if k not in _PLACES}
@@ -64,11 +67,18 @@ class ScoreCache:
         return self.folder / digest.hexdigest()[:24]
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a finished folder a second name, file by file; copies where links cannot be made."""
+def _link(source: Path, target: Path, changes: dict[str, Any] | None = None) -> None:
+    """Give a finished folder a second name, file by file; copies where links cannot be made.
+
+    Args:
+        changes: to the manifest, which then becomes a file of its own.
+    """
     with complete_folder(target) as partial:
         for file in sorted(source.iterdir()):
             try:
                 os.link(file, partial / file.name)
             except OSError:
                 shutil.copy2(file, partial / file.name)
+        if changes:
+            stored = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+            write_json(partial / MANIFEST, {**stored, **changes})

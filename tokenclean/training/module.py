@@ -160,7 +160,7 @@ class CleanedSFTModule(LightningModule):
         budget: int = loader.dataset.budget
         mixed = "mixed" in str(self.trainer.precision)
         needed = needs_checkpointing(
-            ModelShape.of_config(self.network.hf.config),
+            ModelShape.of_config(self.network.hf.config, self.base.trust_remote_code),
             budget,
             self.lora,
             self.trainer.strategy.root_device,
@@ -252,8 +252,8 @@ class CleanedSFTModule(LightningModule):
         }
         # Mostly past Lightning's own bookkeeping, which is a twentieth of a small model's step.
         trainer: Any = self.trainer
-        number = trainer.fit_loop.total_batch_idx
-        if (number + 1) % trainer.log_every_n_steps == 0:
+        number, every = trainer.fit_loop.total_batch_idx, trainer.log_every_n_steps
+        if every and (number + 1) % every == 0:
             self.log("train/loss", loss, prog_bar=True, logger=False)
             for logger in self.loggers:
                 logger.log_metrics(self.last_step, step=number)

@@ -57,9 +57,11 @@ class _Float32(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        named = dict(kwargs or {})
         if func in _WIDENED:
-            args = tuple(x.float() if isinstance(x, Tensor) and _is_half(x) else x for x in args)
-        result = func(*args, **(kwargs or {}))
+            args = tuple(_widened(x) for x in args)
+            named = {k: _widened(x) for k, x in named.items()}
+        result = func(*args, **named)
         return result.float() if func is F.embedding and _is_half(result) else result
 
 
@@ -70,8 +72,12 @@ _WIDENED = {
 }
 
 
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if _is_half(x) else x
 
 
 @contextmanager

@@ -204,8 +204,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def peak_memory(run: Callable[[], Any], device: str) -> dict[str, int]:
     """Peak memory of a piece of work above what there was before it, in bytes.
 
-    On a GPU what its allocator handed out. On a CPU the work runs in a forked child, so that what
-    earlier work left in the allocator cannot hide anything; the kernel records the child's peak.
+    On a GPU what its allocator handed out. On a CPU the work runs in a forked child, whose peak the
+    kernel records, and the allocator is told to give back what is freed. So it is what is in use at
+    once, whatever ran before; left to itself, the allocator holds on to half as much again.
 
     Returns:
         ``peak``, and on a CPU also ``anonymous``, looked at every 2 ms: without the pages of mapped

@@ -79,7 +79,7 @@ class Pair:
         self.network.to(self.device)
         self.network.check_on_device()
         self.network.save_last_adapter(folder / "adapter")
-        size = max(options.samples * options.repeats, options.batch * options.few_repeats)
+        size = max(options.samples * max(options.repeats, 2), options.batch * options.few_repeats)
         # A few rows more, since some lose their response to the limit.
         self.pool = write_pool(
             folder / "pool", size + size // 20 + 20, options.seed, self.shape.vocab, options.shrink
@@ -371,13 +371,17 @@ def balance(options: Options) -> Iterator[Line]:
 
 
 def memory(options: Options) -> Iterator[Line]:
-    """Peak memory above the model, each side alone, on the first samples."""
+    """Peak memory above the model, each side alone.
+
+    Twice as many samples as are scored per repeat, so that our side fills a batch and the published
+    side meets a long sample.
+    """
     for pair in pairs(options, "memory"):
         yield from _memory(pair, options)
 
 
 def _memory(pair: Pair, options: Options) -> Iterator[Line]:
-    chosen = pair.chosen(0, options.samples)
+    chosen = pair.chosen(0, 2 * options.samples)
     rows = published_rows(pair.pool, chosen)
     _ = pair.merged  # a model: made now, so that it is not counted
     runs = {

@@ -192,7 +192,9 @@ def write_pool(
     Rows whose response was cut away are left out, as they are from any pool.
     """
     rng = np.random.default_rng(seed)
-    sources, prompts, responses = draw_lengths(samples, rng, shrink)
+    # By the thousand, so that pools of a few hundred begin with the same samples.
+    drawn = draw_lengths(-(-samples // 1000) * 1000, rng, shrink)
+    sources, prompts, responses = (values[:samples] for values in drawn)
     rows = np.flatnonzero(responses > 0)
     with complete_folder(folder) as partial:
         for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):

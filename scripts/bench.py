@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         batch=12 if quick else 48,
         tokens=[2_000, 8_000] if quick else [1_000_000, 4_000_000, 10_000_000],
         table_rows=64 if quick else 12_800,
-        pool_rows=(16, 32) if quick else (250, 2_000),
+        pool_rows=(16, 32) if quick else (1_100, 4_000),
         run_samples=40 if quick else 1_200,
         threads=given.threads,
         seed=given.seed,

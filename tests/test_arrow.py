@@ -82,6 +82,17 @@ def test_numbers_are_views_on_the_memory_map(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() == before
 
 
+def test_blocks_are_small_however_long_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenclean.arrow.BLOCK_VALUES", 4)
+    rows = [[1], [2, 3], [], [4, 5, 6, 7, 8, 9], [10], [11, 12]]  # ends: 1, 3, 3, 9, 10, 12
+    column = ListColumn([list_array([np.array(row) for row in rows], pa.int32())])
+    assert [(f, s.tolist(), v.tolist()) for f, s, v in column.blocks()] == [
+        (0, [1, 2, 0], [1, 2, 3]),
+        (3, [6, 1], [4, 5, 6, 7, 8, 9, 10]),
+        (5, [2], [11, 12]),
+    ]
+
+
 def test_sliced_arrays_keep_to_their_slice() -> None:
     whole = list_array([np.array(row) for row in ROWS], pa.int32())
     column = ListColumn([whole.slice(2, 3)])

@@ -13,7 +13,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +24,8 @@ import pyarrow.compute as pc
 MANIFEST = "manifest.json"
 #: Rows per shard, and so what a writer holds in memory: some MB for samples of ordinary length.
 ROWS_PER_SHARD = 1024
+#: Values looked at at a time: enough to forget Python, few enough to stay in the cache.
+BLOCK_VALUES = 1 << 17
 
 
 @contextmanager
@@ -189,9 +191,19 @@ class ListColumn(_Column):
         return np.concatenate([np.diff(o) for o in self._offsets]).astype(np.int64)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Per shard: first row, list lengths of its rows, its values end to end."""
+        """Neighbouring rows of a shard, about `BLOCK_VALUES` values at a time.
+
+        Yields:
+            The first row, the list lengths of the rows, their values end to end.
+        """
         for k, offsets in enumerate(self._offsets):
-            yield self._starts[k], np.diff(offsets), self._slice(k, offsets[0], offsets[-1])
+            places = (offsets - offsets[0]) // BLOCK_VALUES
+            edges = np.flatnonzero(np.diff(places[1:])) + 1
+            for low, high in pairwise([0, *edges.tolist(), len(offsets) - 1]):
+                if low < high:
+                    sizes = np.diff(offsets[low : high + 1])
+                    values = self._slice(k, offsets[low], offsets[high])
+                    yield self._starts[k] + low, sizes, values
 
 
 class TextColumn(_Column, Sequence[str]):

@@ -233,7 +233,7 @@ def test_the_size_of_blocks_changes_nothing(
         assert len(list(scored.blocks(config))) == 1
         whole = clean(scored, config, 0, tmp_path / "whole")
         with monkeypatch.context() as patch:
-            patch.setattr(apply_module, "_BLOCK_TOKENS", 40)  # about a row and a half
+            patch.setattr(apply_module, "BLOCK_VALUES", 40)  # about a row and a half
             assert len(list(scored.blocks(config))) > 1
             parts = clean(scored, config, 0, tmp_path / "parts")
         assert parts.keep.tolist() == whole.keep.tolist()

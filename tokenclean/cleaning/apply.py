@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean.arrow import ListColumn, lists_of
+from tokenclean.arrow import BLOCK_VALUES, ListColumn, lists_of
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
@@ -29,9 +29,6 @@ from tokenclean.selection.rules import (
     select,
 )
 from tokenclean.selection.topk import Histogram
-
-#: Tokens looked at at a time: enough to forget Python, few enough to stay in the cache.
-_BLOCK_TOKENS = 1 << 17
 
 
 @dataclasses.dataclass
@@ -93,9 +90,9 @@ class ScoredRows:
         return self.reference.histogram(self.base)
 
     def parts(self) -> Iterator[slice]:
-        """The rows, cut into blocks of about `_BLOCK_TOKENS` tokens: slices of ``rows``."""
+        """The rows, cut into blocks of about `BLOCK_VALUES` tokens: slices of ``rows``."""
         stops = np.cumsum(self.pool.input_ids.counts()[self.rows])
-        edges = np.flatnonzero(np.diff(stops // _BLOCK_TOKENS)) + 1
+        edges = np.flatnonzero(np.diff(stops // BLOCK_VALUES)) + 1
         for first, last in pairwise([0, *edges.tolist(), len(self.rows)]):
             if first < last:
                 yield slice(first, last)

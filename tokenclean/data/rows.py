@@ -65,12 +65,12 @@ class TokenRows(Dataset[Sample]):
         row = int(self.rows[index])
         input_ids = self._input_ids[row]
         if self._labels is None:
-            positions = np.flatnonzero(self._mask[row])
+            positions = self._mask[row].nonzero()[0]
             weights = np.ones(len(positions), dtype=np.float32)
         else:
             assert self._weights is not None
             # As everywhere: nothing precedes the first token, so nothing can predict it.
-            positions = np.flatnonzero(self._labels[row][1:] != NO_LOSS) + 1
+            positions = (self._labels[row][1:] != NO_LOSS).nonzero()[0] + 1
             weights = self._weights[row][positions]
         length = int(positions[-1]) if self.cut and len(positions) else len(input_ids)
         return Sample(row, input_ids, positions, weights, length)

@@ -295,9 +295,9 @@ class Tokeniser:
                 )
 
     def _decode(self, ids: np.ndarray) -> str:
-        text: str = self.tokenizer.decode(
-            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        # The wrapper around this call takes three times as long as the call.
+        backend = self.tokenizer.backend_tokenizer
+        text: str = backend.decode(ids.tolist(), skip_special_tokens=False)
         return text
 
     def _finish(

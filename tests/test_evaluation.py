@@ -21,7 +21,8 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.evaluation.planted import (
     Accuracy,
     MaskQuality,
-    answer_accuracy,
+    accuracy,
+    check_answers,
     mask_quality,
     mean_nll,
 )
@@ -90,7 +91,8 @@ def test_answer_accuracy_by_hand(tmp_path: Path, layout: Any, size: int) -> None
     batches = [
         collate([rows[j] for j in range(i, min(i + size, 6))], layout) for i in range(0, 6, size)
     ]
-    result = answer_accuracy(network, pool, batches)
+    answers = check_answers(network, pool, batches)
+    result = accuracy(answers)
     assert result == {"add": Accuracy(2, 2), "all": Accuracy(3, 4), "sort": Accuracy(1, 2)}
     assert result["all"].share == 0.75
     assert result["all"].standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
@@ -103,7 +105,7 @@ def test_accuracy_of_nothing() -> None:
 def test_accuracy_needs_truth(tmp_path: Path) -> None:
     pool = write_pool(tmp_path / "pool", POOL, with_truth=False)
     with pytest.raises(ValueError, match=r"data\.test_path: .* no `truth`"):
-        answer_accuracy(Network(tiny_llama(64)), pool, [])
+        check_answers(Network(tiny_llama(64)), pool, [])
 
 
 def test_mean_nll_is_a_token_mean(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_answer_accuracy_of_a_real_model(tmp_path: Path) -> None:
     samples = TokenRows(pool)
     batch = collate([samples[i] for i in range(30)])
     assert 15 <= right < 30
-    assert answer_accuracy(Network(model), pool, [batch])["all"] == Accuracy(right, 30)
+    assert accuracy(check_answers(Network(model), pool, [batch]))["all"] == Accuracy(right, 30)
 
 
 # -- masks ----------------------------------------------------------------------------------------

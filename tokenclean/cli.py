@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
 
 from tokenclean import __version__
 
+#: Verb -> the module that has a function of that name, and what it does.
 VERBS = {
-    "fit": "fine-tune a base model on a pool or a cleaned pool (LightningCLI)",
-    "score": "write one model's per-token losses over a pool (LightningCLI)",
-    "select": "two score tables and a rule -> cleaned pool; no model, no GPU",
-    "clean": "the whole loop: warm up, score, select, train, for one or many arms",
+    "fit": ("commands", "fine-tune a base model on a pool or a cleaned pool (LightningCLI)"),
+    "score": ("commands", "write one model's per-token losses over a pool (LightningCLI)"),
+    "select": ("commands", "two score tables and a rule -> cleaned pool; no model, no GPU"),
+    "clean": ("commands", "the whole loop: warm up, score, select, train, for one or many arms"),
+    "evaluate": ("evaluation.verb", "run benchmarks of lm-evaluation-harness on models and arms"),
+    "study": ("study.verb", "many runs of the loop: arms x seeds x settings, and their tables"),
+    "results": ("study.verb", "print the tables of finished runs and studies again"),
 }
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:8} {text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:8} {text}" for name, (_, text) in VERBS.items())
     return f"""usage: tokenclean [--help] [--version] VERB [-c CONFIG.yaml ...] [--option value ...]
 
 Token-level cleaning of supervised fine-tuning data.
@@ -50,9 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     from tokenclean import commands
 
+    module = importlib.import_module(f"tokenclean.{VERBS[verb][0]}")
     commands.import_seconds = time.perf_counter() - started
     try:
-        getattr(commands, verb)(args[1:])
+        getattr(module, verb)(args[1:])
     except (ValueError, FloatingPointError) as error:
         if os.environ.get("TOKENCLEAN_TRACEBACK"):
             raise

@@ -223,7 +223,7 @@ class Planner:
         arms = loop.arms.values()
         if any(arm.needs_scores for arm in arms):
             costs.append(self.score(SHARED, rows))
-        if any(arm.needs_warmup for arm in arms):
+        if any(arm.needs_warmup(loop.reference) for arm in arms):
             costs.append(self.select(SHARED, rows[parts[0]], 0))
             costs.append(self.train(SHARED, rows[parts[0]], 0, epochs=loop.warmup_epochs))
         if any(arm.needs_scores and arm.schedule == "fixed_model" for arm in arms):

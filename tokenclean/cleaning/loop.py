@@ -7,11 +7,13 @@ that appears only when it is complete, so a run that was cut off goes on where i
       config.yaml  log.txt  summary.json  results.md  results.json  costs.md  costs.json
       scores/base/            every row of the pool under theta_0, shared by all arms
       scores/warmup/          every row under the warm-up model, if an arm asks for it
+      scores/reference/       the same under the model that loop.reference names instead
       warmup/                 cleaned/ (D_0, all kept), adapter/ (theta_1)
       arms/<arm>/cleaned/     the arm's cleaned pool
       arms/<arm>/adapter/     the arm's model: the base plus this one adapter (after full
                               fine-tuning, here and below, a whole model)
       arms/<arm>/result.json  what was measured of it
+      arms/<arm>/answers.json which test questions its model answers right
       arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
 """
 
@@ -47,9 +49,17 @@ from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_p
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.data.template import vocabulary_hash
 from tokenclean.estimate import ModelShape
-from tokenclean.evaluation.planted import answer_accuracy, mask_quality, mean_nll
-from tokenclean.models import TRAINED_IDS, Network, trained_ids
+from tokenclean.evaluation.planted import accuracy, check_answers, mask_quality, mean_nll
+from tokenclean.models import (
+    TRAINED_IDS,
+    BaseConfig,
+    Network,
+    adapter_folders,
+    load_tokenizer,
+    trained_ids,
+)
 from tokenclean.models.loading import load_config
 from tokenclean.runs import stop_if_interrupted
 from tokenclean.scoring.cache import ScoreCache
@@ -60,6 +70,7 @@ from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
 
+ANSWERS = "answers.json"
 Schedule = Literal["warmup", "fixed_model", "self_evolving"]
 
 
@@ -108,9 +119,13 @@ class Arm:
     def needs_scores(self) -> bool:
         return self.schedule != "warmup" and self.rule == "token_cleaning"
 
-    @property
-    def needs_warmup(self) -> bool:
-        return self.schedule != "fixed_model" or self.needs_scores
+    def needs_warmup(self, reference: str | None) -> bool:
+        """Whether the warm-up model must be trained.
+
+        Args:
+            reference: what scores for fixed-model arms in its place.
+        """
+        return self.schedule != "fixed_model" or (self.needs_scores and reference is None)
 
 
 @dataclass
@@ -124,6 +139,10 @@ class LoopConfig:
         score_base: the base of round t's score: ``theta_0`` (the text and the released scripts of
             arXiv 2502.01968) or ``previous``, theta_{t-1}, as its Algorithm 1 prints.
         continue_adapter: go on training one adapter instead of a fresh one per round.
+        reference: scores the pool for fixed-model arms instead of the warm-up model: a LoRA adapter
+            of the base, a run that holds one, or another model with the base's vocabulary (folder
+            or hub name).
+        evaluate_rounds: also measure the warm-up model and the model after every round.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
@@ -131,6 +150,8 @@ class LoopConfig:
     warmup_learning_rate: float | None = None
     score_base: Literal["theta_0", "previous"] = "theta_0"
     continue_adapter: bool = False
+    reference: str | None = None
+    evaluate_rounds: bool = False
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -205,7 +226,7 @@ class CleaningLoop:
         results = [self._evaluated("base", self.folder / "base", [])]
         if any(arm.needs_scores for arm in self.loop.arms.values()):
             self._base_scores()
-        if any(arm.needs_warmup for arm in self.loop.arms.values()):
+        if any(a.needs_warmup(self.loop.reference) for a in self.loop.arms.values()):
             self._warm_up(parts[0])
         for name, arm in self.loop.arms.items():
             log.info("arm %s: %s", name, arm.describe(self.selection))
@@ -233,6 +254,10 @@ class CleaningLoop:
                 f"loop.arms: {', '.join(needs_truth)} keeps tokens by planted truth, which this "
                 "pool does not have"
             )
+        if self.reference and not any(
+            a.schedule == "fixed_model" and a.needs_scores for a in self.loop.arms.values()
+        ):
+            raise ValueError("loop.reference: no arm uses it; it scores for fixed-model arms")
         if self.data.subset is not None:
             raise ValueError("data.subset: `clean` uses every part; leave it out")
         if self.data.subsets < 2 and any(
@@ -291,19 +316,59 @@ class CleaningLoop:
             self._at_base()
             epochs, rate = self.loop.warmup_epochs, self.loop.warmup_learning_rate
             self._train(step, [], round_number=0, epochs=epochs, learning_rate=rate)
+        if self.loop.evaluate_rounds:
+            self._evaluated("warmup", step, [step / "adapter"])
 
-    def _warmup_scores(self) -> ScoreTable:
-        """The whole pool under the warm-up model: the reference of every fixed-model arm."""
-        adapter = self.folder / "warmup" / "adapter"
-        rows = np.arange(len(self.pool))
-        return self._score(
-            self.folder / "scores" / "warmup",
-            rows,
-            lambda: self._at([adapter]),
-            [adapter],
-            against=self._base_scores(),
-            shared=True,
-        )
+    def _reference_scores(self) -> ScoreTable:
+        """The whole pool under the reference of every fixed-model arm."""
+        rows, base = np.arange(len(self.pool)), self._base_scores()
+        if self.reference is None:
+            adapter = self.folder / "warmup" / "adapter"
+            folder = self.folder / "scores" / "warmup"
+            return self._score(
+                folder, rows, lambda: self._at([adapter]), [adapter], against=base, shared=True
+            )
+        folder, (config, adapters) = self.folder / "scores" / "reference", self.reference
+        if config is self.template.base and not self.full_tuning:
+            return self._score(folder, rows, lambda: self._at(adapters), adapters, against=base)
+        # Another model: beside the base in memory while it scores.
+        ours = self._network
+        try:
+            if not (folder / MANIFEST).is_file():
+                self._network = Network.load(config, self._device)
+                for adapter in adapters:
+                    self._network.load_adapter(adapter)
+                self.data.layout = self._network.layout
+            return self._score(
+                folder, rows, lambda: self.network, adapters, against=base, base=config
+            )
+        finally:
+            self._network = ours
+            if ours is not None:
+                self.data.layout = ours.layout
+
+    @cached_property
+    def reference(self) -> tuple[BaseConfig, list[Path]] | None:
+        """Base and adapters of the model that ``loop.reference`` names.
+
+        Raises:
+            ValueError: if it is no plain LoRA adapter and no model with the base's vocabulary.
+        """
+        name = self.loop.reference
+        if name is None:
+            return None
+        if (Path(name) / "model" / "config.json").is_file():
+            name = str(Path(name) / "model")
+        elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            return self.template.base, [Path(f) for f in adapter_folders(name)]
+        config = replace(self.template.base, name=name, tokenizer=None)
+        vocabulary = vocabulary_hash(load_tokenizer(config))
+        if vocabulary != vocabulary_hash(self.data.tokeniser.tokenizer):
+            raise ValueError(
+                f"loop.reference: {name} has another vocabulary than the base "
+                f"{self.template.base.name}, so their losses are not of the same tokens"
+            )
+        return config, []
 
     def _score(
         self,
@@ -314,6 +379,7 @@ class CleaningLoop:
         depth: int | None = None,
         against: ScoreTable | None = None,
         shared: bool = False,
+        base: BaseConfig | None = None,
     ) -> ScoreTable:
         """A score table of the run, made if it is not there yet.
 
@@ -325,13 +391,14 @@ class CleaningLoop:
             depth: how many of the stack count; all by default.
             against: the base's table, for a reference.
             shared: whether other runs may need the same table.
+            base: the model below the adapters, if it is not the run's own base.
         """
         if not (folder / MANIFEST).is_file():
             network = get_network()
             depth = network.depth if depth is None else depth
             with self._measured("score", folder) as cost, network.at_depth(depth):
                 token_rows = TokenRows(self.pool, rows)
-                module = ScoringModule(self.template.base)
+                module = ScoringModule(base or self.template.base)
                 # After full fine-tuning these are whole models.
                 module.adapters = [str(a) for a in adapters]
                 module.network = network
@@ -418,7 +485,7 @@ class CleaningLoop:
     def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
         """Select once over the whole pool and train theta_0 on it."""
         base = self._base_scores() if arm.needs_scores else None
-        reference = self._warmup_scores() if arm.needs_scores else None
+        reference = self._reference_scores() if arm.needs_scores else None
         scored = ScoredRows(self.pool, np.arange(len(self.pool)), base, reference, round=1)
         self._clean(scored, selection, folder)
         if not _is_trained(folder):
@@ -450,6 +517,9 @@ class CleaningLoop:
             if not _is_trained(step):
                 self._train(step, stack, number)
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
+            if self.loop.evaluate_rounds:
+                pool = CleanedPool(step / "cleaned", self._cache)
+                self._evaluated(f"round_{number}", step, stack, pool)
         return stack
 
     @property
@@ -557,7 +627,9 @@ class CleaningLoop:
                 if self.data.test is not None:
                     rows = TokenRows(self.data.test)
                     loader = self.data.scoring_loader(rows)
-                    result.accuracy = answer_accuracy(network, self.data.test, loader)
+                    answers = check_answers(network, self.data.test, loader)
+                    write_json(folder / ANSWERS, answers)
+                    result.accuracy = accuracy(answers)
                     charge_scoring(cost, self.shape, rows)
                 if self.data.validation is not None:
                     rows = TokenRows(self.data.validation)

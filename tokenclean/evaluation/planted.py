@@ -39,11 +39,13 @@ class Accuracy:
         return float(np.sqrt(self.share * (1.0 - self.share) / max(self.questions, 1)))
 
 
+#: Which questions were answered right: source -> id of the sample -> right or not.
+Answers = dict[str, dict[str, bool]]
+
+
 @torch.no_grad()
-def answer_accuracy(
-    network: Network, pool: TokenPool, batches: Iterable[Batch]
-) -> dict[str, Accuracy]:
-    """Share of test questions answered right, per source.
+def check_answers(network: Network, pool: TokenPool, batches: Iterable[Batch]) -> Answers:
+    """Which test questions the model answers right.
 
     An answer is right if every token whose truth is 1, EOS aside, is the model's most likely token
     given the question and the words of the response before it (greedy decoding, teacher-forced).
@@ -53,7 +55,7 @@ def answer_accuracy(
     """
     if pool.truth is None:
         raise ValueError("data.test_path: its samples carry no `truth` spans that mark the answers")
-    result: dict[str, Accuracy] = {}
+    result: Answers = {}
     for batch in batches:
         with network.clock(batch.tokens):
             moved = batch.to(network.device)
@@ -62,12 +64,18 @@ def answer_accuracy(
             positions = pool.response_positions(row)
             answer = pool.truth[row][positions] == 1
             answer &= pool.input_ids[row][positions] != pool.eos_id
-            if not answer.any():
-                continue
-            for key in (pool.sources[row], ALL):
-                tally = result.setdefault(key, Accuracy())
-                tally.questions += 1
-                tally.correct += bool(hits.numpy()[answer].all())
+            if answer.any():
+                right_or_not = result.setdefault(pool.sources[row], {})
+                right_or_not[pool.ids[row]] = bool(hits.numpy()[answer].all())
+    return {source: dict(sorted(found.items())) for source, found in sorted(result.items())}
+
+
+def accuracy(answers: Answers) -> dict[str, Accuracy]:
+    """Correct answers per source and over all."""
+    result = {s: Accuracy(sum(found.values()), len(found)) for s, found in answers.items()}
+    if result:
+        tallies = result.values()
+        result[ALL] = Accuracy(sum(a.correct for a in tallies), sum(a.questions for a in tallies))
     return dict(sorted(result.items()))
 
 

@@ -1,0 +1,1 @@
+"""Many runs of the loop, and the tables and figures made of them."""

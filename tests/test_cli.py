@@ -68,7 +68,14 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
     assert stop.value.code == 0
-    assert "--selection.keep" in capsys.readouterr().out or verb in ("fit", "score")
+    option = {
+        **dict.fromkeys(("fit", "score"), "--data.path"),
+        **dict.fromkeys(("select", "clean"), "--selection.keep"),
+        "evaluate": "--against",
+        "study": "--study.seeds",
+        "results": "--reports",
+    }
+    assert option[verb] in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def name(path: Path) -> str:
 
 def test_no_folder_is_forgotten() -> None:
     assert {p.parent.name for p in CONFIGS} == {
-        *("ablations", "clean", "data", "fit", "model", "score", "select")
+        *("ablations", "clean", "data", "evaluate", "fit", "model", "score", "select", "study")
     }
     keeps = {
         yaml.safe_load(p.read_text())["selection"]["keep"]
@@ -155,7 +155,8 @@ def test_score_and_select_configs_run(place: Path, model_folder: Path) -> None:
         over = ["--model.adapters", adapter, "--name", path.stem]
         cli.main(["score", *chosen(name(path)), *options, *over])
     for path in of("select"):
-        tables = ["--base", str(outputs / "base"), "--reference", str(outputs / "reference")]
+        reference = "reference_gap" if path.stem == "contradiction" else "reference"
+        tables = ["--base", str(outputs / "base"), "--reference", str(outputs / reference)]
         run = f"select-{path.stem}"
         cli.main(["select", *chosen(name(path)), *tables, "--outputs", str(outputs), "--name", run])
         manifest = json.loads((outputs / run / "cleaned" / MANIFEST).read_text())
@@ -163,6 +164,39 @@ def test_score_and_select_configs_run(place: Path, model_folder: Path) -> None:
             **manifest["selection"],
             **yaml.safe_load(path.read_text())["selection"],
         }
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studies")
+
+
+#: main first: some others read its runs
+STUDIES: list[Path] = sorted(of("study"), key=lambda path: (path.stem != "main", str(path)))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name)
+def test_study_configs_run(path: Path, studies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick form of every study, smaller still; those that read main's runs come after it."""
+    monkeypatch.chdir(ROOT)
+    study = yaml.safe_load(path.read_text())["study"]
+    words = ["study", "-c", str(path), "--outputs", str(studies)]
+    if "of" in study:
+        words += ["--study.of", str(studies / "main_quick")]
+    else:
+        quick = study["quick"]
+        pool = {"samples": 40, "validation": 8, "test_per_family": 1}
+        options = {**quick["options"], "data.cache_dir": str(studies / "cache")}
+        words += ["--quick", "--study.quick.planted", json.dumps(pool)]
+        words += ["--study.quick.options", json.dumps(options)]
+        words += ["--study.quick.variants", json.dumps(quick.get("variants", [None])[:2])]
+        words = words if "variants" in quick else words[:-2]
+    cli.main(words)
+    folder = studies / (path.stem if "of" in study else f"{path.stem}_quick")
+    stored = json.loads((folder / "study.json").read_text())
+    assert stored["reports"] == study["reports"]
+    assert not any(cell["failed"] for cell in stored["cells"])
+    assert len((folder / "results.md").read_text().splitlines()) > 5
 
 
 def llama3_rope(factor: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"training"},
     {"cleaning"},
     {"plan"},
-    {"commands", "cli", "__main__"},
+    {"commands", "study", "cli", "__main__"},
 ]
 
 

@@ -79,6 +79,7 @@ set_parsing_settings(
 
 _USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
+_TRAINING_PRECISION = "bf16-mixed" if _ON_GPU else "32-true"
 #: what importing this module took; `cli.main` sets it, so that a run's costs include it
 import_seconds = 0.0
 
@@ -175,11 +176,12 @@ class _Cli(LightningCLI):
 def fit(argv: list[str]) -> None:
     """Fine-tune on a pool (every response token) or a cleaned pool (the kept ones)."""
     begun = _begin()
-    cli = _Cli("fit", CleanedSFTModule, argv, "bf16-mixed" if _ON_GPU else "32-true")
+    cli = _Cli("fit", CleanedSFTModule, argv, _TRAINING_PRECISION)
     module: CleanedSFTModule = cli.model
     cli.attach_tokenizer(module.base)
     if cli.estimate:
-        print(_fit_estimate(cli, module))
+        planner, costs = _fit_estimate(cli, module)
+        print(planner.report(costs))
         return
     open_run(cli.folder, cli.plain)
     result = cli.folder / ("model" if module.lora is None else "adapter")
@@ -312,6 +314,10 @@ def select(argv: list[str]) -> None:
         raise ValueError(
             f"selection.rule: {settings.rule} needs two score tables; give --base and --reference"
         )
+    if settings.needs_reference and "reference" not in tables:
+        raise ValueError(
+            f"selection.rule: {settings.rule} needs the reference's score table; give --reference"
+        )
     base, reference = tables.get("base"), tables.get("reference")
     if len({table.manifest["pool"] for table in tables.values()}) > 1:
         raise ValueError(
@@ -355,7 +361,36 @@ def select(argv: list[str]) -> None:
 def clean(argv: list[str]) -> None:
     """The whole loop."""
     begun = _begin()
-    cli = _Cli("clean", CleanedSFTModule, argv, precision="bf16-mixed" if _ON_GPU else "32-true")
+    cli, loop, scoring_precision = _loop(argv, begun)
+    if cli.estimate:
+        planner, costs = _clean_estimate(cli, loop, scoring_precision)
+        print(planner.report(costs))
+        return
+    open_run(cli.folder, cli.plain)
+    with log_to(cli.folder):
+        summary = loop.run()
+    results = summary.pop("results")
+    loop.ledger.store()
+    print(f"\n{results_markdown(results)}\n{loop.ledger.markdown()}")
+    write_summary(cli.folder, {**summary, **loop.ledger.summary()})
+
+
+def clean_costs(argv: list[str]) -> list[Cost]:
+    """What a call of `clean` would cost, stage by stage; it tokenises and runs nothing."""
+    return _clean_estimate(*_loop(argv, _begin()))[1]
+
+
+def fit_costs(argv: list[str]) -> list[Cost]:
+    """What a call of `fit` would cost; it tokenises and runs nothing."""
+    _begin()
+    cli = _Cli("fit", CleanedSFTModule, argv, _TRAINING_PRECISION)
+    cli.attach_tokenizer(cli.model.base)
+    return _fit_estimate(cli, cli.model)[1]
+
+
+def _loop(argv: list[str], begun: float) -> tuple[_Cli, CleaningLoop, str]:
+    """The loop that the options of `clean` ask for, and the precision that it scores in."""
+    cli = _Cli("clean", CleanedSFTModule, argv, _TRAINING_PRECISION)
     config = cli.config_init
     mixed = "mixed" in str(config["trainer"]["precision"])
     scoring_precision = "16-mixed" if _ON_GPU and mixed else "32-true"
@@ -382,7 +417,6 @@ def clean(argv: list[str]) -> None:
             "`fit`, `score` and `select`, which do (the README shows how)"
         )
     cli.attach_tokenizer(cli.model.base)
-    ledger = cli.ledger(begun)
     loop = CleaningLoop(
         make_module,
         make_trainer,
@@ -391,22 +425,18 @@ def clean(argv: list[str]) -> None:
         config["loop"],
         cli.folder,
         int(config["seed_everything"]),
-        ledger,
+        cli.ledger(begun),
     )
-    if cli.estimate:
-        pool = cli.prepared()
-        loop.check()
-        planner = _planner(cli, cli.model, scoring_precision)
-        costs = planner.clean(config["loop"], config["selection"], cli.model.save_merged)
-        print(planner.report([*pool, *costs]))
-        return
-    open_run(cli.folder, cli.plain)
-    with log_to(cli.folder):
-        summary = loop.run()
-    results = summary.pop("results")
-    ledger.store()
-    print(f"\n{results_markdown(results)}\n{ledger.markdown()}")
-    write_summary(cli.folder, {**summary, **ledger.summary()})
+    return cli, loop, scoring_precision
+
+
+def _clean_estimate(
+    cli: _Cli, loop: CleaningLoop, scoring_precision: str
+) -> tuple[Planner, list[Cost]]:
+    pool = cli.prepared()
+    loop.check()
+    planner = _planner(cli, cli.model, scoring_precision)
+    return planner, [*pool, *planner.clean(loop.loop, loop.selection, cli.model.save_merged)]
 
 
 def _planner(cli: _Cli, module: CleanedSFTModule, scoring_precision: str) -> Planner:
@@ -416,7 +446,7 @@ def _planner(cli: _Cli, module: CleanedSFTModule, scoring_precision: str) -> Pla
     )
 
 
-def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> str:
+def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> tuple[Planner, list[Cost]]:
     costs = cli.prepared()
     data: TuluDataModule = cli.datamodule
     # validation runs in the precision of training
@@ -428,7 +458,7 @@ def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> str:
         cost.disk += 12 * planner.shape.trained(module.lora)
     if module.save_merged and module.lora is not None:
         cost.disk += parameter_bytes(planner.shape, planner.training.weights)
-    return planner.report([*costs, cost])
+    return planner, [*costs, cost]
 
 
 def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
@@ -438,9 +468,9 @@ def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
     trainer = cli.trainer
     planner = Planner(data, module.base, LoraSettings(), trainer, str(trainer.precision))
     rows = Rows.of(TokenRows(data.pool, data.chosen_rows()))
-    return planner.report(
-        [*costs, planner.score(cli.folder.name, rows, stack=len(module.adapters))]
-    )
+    depth, columns = len(module.adapters), len(module.columns)
+    cost = planner.score(cli.folder.name, rows, stack=depth, columns=columns)
+    return planner.report([*costs, cost])
 
 
 def _shape(base: BaseConfig) -> ModelShape:

@@ -174,8 +174,8 @@ class Ledger:
         inside = sum(row.model_seconds for row in self.rows)
         text = (
             f"{cost_table(self.rows)}\n\n"
-            f"{_seconds(self.wall_seconds)} in all, {_seconds(between)} of them between the stages "
-            "(imports, loading and saving models)"
+            f"{seconds_text(self.wall_seconds)} in all, {seconds_text(between)} of them between "
+            "the stages (imports, loading and saving models)"
         )
         if inside:
             text += f"; {1.0 - inside / self.wall_seconds:.1%} of the time outside the model"
@@ -322,7 +322,7 @@ def _line(row: Cost, stage: str, timed_flops: int) -> str:
     cells = [
         *(row.arm, stage, "-" if row.round is None else str(row.round)),
         *(quantity(n) for n in (row.samples, row.tokens, row.targets, row.flops)),
-        *(_seconds(row.seconds), _seconds(row.model_seconds) if row.model_seconds else "-"),
+        *(seconds_text(row.seconds), seconds_text(row.model_seconds) if row.model_seconds else "-"),
         *(quantity(rate), quantity(row.peak_memory, "B"), quantity(row.disk, "B")),
     ]
     return f"| {' | '.join(cells)} |"
@@ -340,7 +340,7 @@ def quantity(value: float, unit: str = "") -> str:
     return f"{value:.{digits}f} {prefixes[power]}{unit}".rstrip()
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     if value < 100:
         return f"{value:.1f} s"
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def free_memory(device: torch.device | str) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+@cache
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """FLOP/s of square matrix products in ``dtype``, measured for about so many seconds."""
     device = torch.device(device)

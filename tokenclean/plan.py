@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenclean.cleaning.loop import Arm, LoopConfig
+from tokenclean.cleaning.loop import Arm, LoopConfig, halves
 from tokenclean.costs import (
     SHARED,
     Cost,
@@ -50,6 +50,8 @@ from tokenclean.selection.rules import SelectionConfig
 SELECTED_PER_SECOND = 1e6
 #: A score table's bytes: per response token (position, id, loss) and per row (id, row, offsets).
 TABLE_BYTES, TABLE_ROW_BYTES = 12, 40
+#: What every further column adds to both.
+COLUMN_BYTES = 4
 #: A cleaned pool's bytes after compression: per token, and per response token that has scores.
 CLEANED_BYTES, SCORED_BYTES = 4, 20
 _PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -124,11 +126,18 @@ class Planner:
 
     # -- stages -------------------------------------------------------------------------------
 
-    def score(self, arm: str, rows: Rows, round: int | None = None, stack: int = 0) -> Cost:
-        """A scoring pass and its table, with ``stack`` adapters over the base."""
+    def score(
+        self, arm: str, rows: Rows, round: int | None = None, stack: int = 0, columns: int = 0
+    ) -> Cost:
+        """A scoring pass and its table, with ``stack`` adapters over the base.
+
+        Args:
+            columns: what the table holds besides losses, see `Column`.
+        """
         work = Work.of(rows.lengths, rows.counts)
         cost = Cost(arm, "score", round)
-        cost.disk = TABLE_BYTES * work.targets + TABLE_ROW_BYTES * len(rows.lengths)
+        cost.disk = (TABLE_BYTES + COLUMN_BYTES * columns) * work.targets
+        cost.disk += (TABLE_ROW_BYTES + COLUMN_BYTES * columns) * len(rows.lengths)
         return self._passes(cost, work, replace(self.scoring, stack=stack), [rows])
 
     def evaluate(self, arm: str, stack: int = 0) -> list[Cost]:
@@ -221,19 +230,27 @@ class Planner:
         parts = self.data.subset_rows()
         costs = self.evaluate("base")
         arms = loop.arms.values()
-        if any(arm.needs_scores for arm in arms):
+        if any(arm.selection(selection).needs_base for arm in arms):
             costs.append(self.score(SHARED, rows))
-        if any(arm.needs_warmup(loop.reference) for arm in arms):
+        if loop.warmup is None and any(arm.needs_warmup(loop.reference) for arm in arms):
             costs.append(self.select(SHARED, rows[parts[0]], 0))
             costs.append(self.train(SHARED, rows[parts[0]], 0, epochs=loop.warmup_epochs))
-        if any(arm.needs_scores and arm.schedule == "fixed_model" for arm in arms):
-            costs.append(self.score(SHARED, rows, stack=1))
+        if any(arm.needs_reference and arm.schedule == "fixed_model" for arm in arms):
+            gap = any(arm.needs_gap and arm.schedule == "fixed_model" for arm in arms)
+            costs.append(self.score(SHARED, rows, stack=1, columns=int(gap)))
+        if any(arm.schedule == "cross_fitted" for arm in arms):
+            first, second = (rows[half] for half in halves(parts))
+            for half, rest in ((first, second), (second, first)):
+                costs.append(self.select(SHARED, rest))
+                costs.append(self.train(SHARED, rest, epochs=loop.half_epochs))
+                gap = any(arm.needs_gap and arm.schedule == "cross_fitted" for arm in arms)
+                costs.append(self.score(SHARED, half, stack=1, columns=int(gap)))
         for name, arm in loop.arms.items():
             chosen = arm.selection(selection)
             depth = 1
-            if arm.schedule == "fixed_model":
+            if arm.schedule in ("fixed_model", "cross_fitted"):
                 kept = _kept(rows, truth, chosen)
-                costs.append(self.select(name, rows, scored=arm.needs_scores))
+                costs.append(self.select(name, rows, scored=arm.needs_reference))
                 costs.append(self.train(name, kept))
             elif arm.schedule == "self_evolving":
                 for number, part in enumerate(parts[1:], start=1):
@@ -244,7 +261,7 @@ class Planner:
                     costs.append(self.train(name, kept, number, 0 if one else depth))
                     depth += not one
                 # The rounds' pools and adapters joined into one each.
-                scored = sum(cleaned_bytes(rows[p], arm.needs_scores) for p in parts[1:])
+                scored = sum(cleaned_bytes(rows[p], arm.needs_reference) for p in parts[1:])
                 joined = cleaned_bytes(rows[parts[0]], False) + scored
                 costs.append(Cost(name, "select", disk=joined))
                 if self.lora is not None:
@@ -262,10 +279,10 @@ class Planner:
     def _round(
         self, name: str, arm: Arm, loop: LoopConfig, number: int, rows: Rows, depth: int
     ) -> list[Cost]:
-        costs = [self.select(name, rows, number, arm.needs_scores)]
-        if arm.needs_scores:
-            scored = self.score(name, rows, number, depth)
-            if loop.score_base == "previous" and number > 1:
+        costs = [self.select(name, rows, number, arm.needs_reference)]
+        if arm.needs_reference:
+            scored = self.score(name, rows, number, depth, columns=int(arm.needs_gap))
+            if arm.needs_scores and loop.score_base == "previous" and number > 1:
                 scored.add(self.score(name, rows, number, depth - 1))
             costs.insert(0, scored)
         return costs
@@ -352,7 +369,7 @@ def _kept(rows: Rows, informative: np.ndarray | None, selection: SelectionConfig
         if informative is None:
             raise ValueError("loop.arms: oracle needs a pool with planted truth")
         counts = informative
-    elif selection.rule != "full":
+    elif selection.rule not in ("full", "contradiction"):  # of the latter it cannot be known
         if selection.scope == "sample":
             counts = (counts * selection.keep).astype(np.int64)
         else:

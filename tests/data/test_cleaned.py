@@ -198,6 +198,7 @@ def test_scores_reasons_and_nulls_by_hand(
         "1": "prompt",
         "2": "below the cut",
         "3": "row seen by the reference",
+        "4": "contradicted by the reference",
     }
     rows = TokenRows(CleanedPool(tmp_path / "out", tmp_path / "cache"))
     assert rows.counts.tolist() == [0, 3, 0]

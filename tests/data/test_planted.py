@@ -55,7 +55,7 @@ def test_same_seed_same_bytes_other_seed_other_pool(tmp_path: Path) -> None:
     assert a["test"] == c["test"]
     rows = [json.loads(line) for line in a["pool"].splitlines()]
     assert len(rows) == 120
-    assert set(rows[0]) == {"id", "source", "messages", "truth", "noise"}
+    assert set(rows[0]) == {"id", "source", "messages", "truth", "noise", "quality"}
 
 
 def test_rows_are_tulu_conversations() -> None:
@@ -147,6 +147,7 @@ def test_noise_is_nested_so_a_sweep_changes_nothing_else() -> None:
     low, high = (pool_rows(replaced) for replaced in (SMALL.scaled(0.5), SMALL))
     for less, more in zip(low, high, strict=True):
         assert less["id"] == more["id"] and set(less["noise"]) <= set(more["noise"])
+        assert more["quality"] == 5 - len(more["noise"])
         asked = [[m["content"] for m in row["messages"] if m["role"] == "user"]
                  for row in (less, more)]  # fmt: skip
         assert asked[0] == asked[1]
@@ -154,7 +155,7 @@ def test_noise_is_nested_so_a_sweep_changes_nothing_else() -> None:
 
 def test_without_noise_nothing_is_labelled() -> None:
     clean = pool_rows(SMALL.scaled(0)) + validation_rows(SMALL)
-    assert all(row["truth"] == [] and row["noise"] == [] for row in clean)
+    assert all(row["truth"] == [] and row["noise"] == [] and row["quality"] == 5 for row in clean)
 
 
 def test_no_test_question_is_ever_in_pool_or_validation() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenclean.data.rows import NO_LOSS
 from tokenclean.scoring.table import ScoreTable, scores
 from tokenclean.selection.rules import (
     BELOW_CUT,
+    CONTRADICTED,
     KEPT,
     PROMPT,
     REASONS,
@@ -39,7 +41,7 @@ class ScoredRows:
         pool: the token pool.
         rows: which of its rows, ascending.
         base: losses under the base model; None for rules that need no scores.
-        reference: losses under the reference model.
+        reference: losses under the reference model; with gaps for rules that need them.
         round: number of the round, stored with every row.
     """
 
@@ -69,6 +71,19 @@ class ScoredRows:
         self.seen = np.zeros(len(self.rows), dtype=bool)
         if self.reference is not None and (trained_on := self.reference.trained_on()):
             self.seen = self.pool.ids.among(trained_on)[self.rows]
+
+    @cached_property
+    def quality(self) -> np.ndarray:
+        """What ``data.order`` names, of each row: float64, shape (rows,).
+
+        Raises:
+            ValueError: if the pool was made without it.
+        """
+        if "order" not in self.pool.columns:
+            raise ValueError(
+                "rule: quality needs a rating of every sample; name its column with data.order"
+            )
+        return self.pool.order()[self.rows]
 
     @property
     def noise(self) -> float | None:
@@ -104,15 +119,23 @@ class ScoredRows:
         takes a few nanoseconds per token and no memory.
         """
         for part in self.parts():
-            is_eos = truth = score = None
+            is_eos = truth = score = gap = None
             if config.needs_scores and self.base is not None and self.reference is not None:
                 score = scores(self.nll(self.base, part), self.nll(self.reference, part))
+            elif config.rule == "perplexity" and self.base is not None:
+                score = -self.nll(self.base, part).astype(np.float64)
+            elif config.rule in ("length", "quality"):
+                counts = self.counts[part]
+                of_rows = counts if config.rule == "length" else self.quality[part]
+                score = np.repeat(of_rows.astype(np.float64), counts)
+            if config.needs_gap and self.reference is not None:
+                gap = self._checked(self.reference, self.reference.gaps_of_rows, part)
             if config.always_keep_eos:
                 is_eos = self._at_responses(self.pool.input_ids, part) == self.pool.eos_id
             if config.needs_truth and self.pool.truth is not None:
                 truth = self._at_responses(self.pool.truth, part)
             yield TokenBlock(
-                self.rows[part], self.counts[part], score, is_eos, truth, self.seen[part]
+                self.rows[part], self.counts[part], score, is_eos, truth, self.seen[part], gap
             )
 
     def _at_responses(self, column: ListColumn, part: slice) -> np.ndarray:
@@ -125,8 +148,16 @@ class ScoredRows:
         Raises:
             ValueError: if the table lacks a row, or has not one loss for each response token.
         """
+        return self._checked(table, table.of_rows, part)
+
+    def _checked(
+        self,
+        table: ScoreTable,
+        read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        part: slice,
+    ) -> np.ndarray:
         rows, counts = self.rows[part], self.counts[part]
-        found, values = table.of_rows(rows)
+        found, values = read(rows)
         wrong = np.flatnonzero(found != counts)
         if len(wrong):
             raise ValueError(
@@ -146,12 +177,16 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         folder: where the cleaned pool goes.
 
     Raises:
-        ValueError: if the rule lacks scores or truth.
+        ValueError: if the rule lacks scores, gaps or truth.
     """
     if config.needs_scores and (scored.base is None or scored.reference is None):
         raise ValueError(
             f"rule: {config.rule} needs a base and a reference score table (--base and --reference)"
         )
+    if config.needs_base and scored.base is None:
+        raise ValueError(f"rule: {config.rule} needs a base score table (--base)")
+    if config.needs_gap and scored.reference is None:
+        raise ValueError(f"rule: {config.rule} needs a reference score table (--reference)")
     if config.needs_truth and not scored.pool.has_truth:
         raise ValueError(f"rule: {config.rule} needs a pool with planted truth; this one has none")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +201,7 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
     schema = cleaned_schema(scored.pool.has_truth)
     write_cleaned_pool(
         folder,
-        _cleaned_batches(scored, selected.keep, config.exclude_seen, schema),
+        _cleaned_batches(scored, selected.keep, config, schema),
         schema,
         {
             **cleaned_manifest(scored, config, seed),
@@ -209,10 +244,11 @@ def _mask_file(folder: Path, size: int) -> np.ndarray:
 
 
 def _cleaned_batches(
-    scored: ScoredRows, keep: np.ndarray, exclude_seen: bool, schema: pa.Schema
+    scored: ScoredRows, keep: np.ndarray, config: SelectionConfig, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block."""
     pool, stop = scored.pool, 0
+    dropped = CONTRADICTED if config.needs_gap else BELOW_CUT
     for part in scored.parts():
         rows, counts = scored.rows[part], scored.counts[part]
         lengths, input_ids = pool.input_ids.take(rows)
@@ -223,7 +259,7 @@ def _cleaned_batches(
         labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
         labels[kept] = input_ids[kept]
         reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
-        left_out = np.where(exclude_seen & scored.seen[part], SEEN, BELOW_CUT)
+        left_out = np.where(config.exclude_seen & scored.seen[part], SEEN, dropped)
         reason[answers] = np.repeat(left_out, counts)
         reason[kept] = KEPT
 

@@ -14,6 +14,9 @@ that appears only when it is complete, so a run that was cut off goes on where i
                               fine-tuning, here and below, a whole model)
       arms/<arm>/result.json  what was measured of it
       arms/<arm>/answers.json which test questions its model answers right
+      halves/without_<h>/     cross-fitted: cleaned/ (the other half, all kept), adapter/
+      scores/half_<h>/        cross-fitted: a half's rows under that model
+      arms/<arm>/half_<h>/    cross-fitted: cleaned/ (that half)
       arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
 """
 
@@ -71,7 +74,7 @@ from tokenclean.training.module import CleanedSFTModule
 log = logging.getLogger(__name__)
 
 ANSWERS = "answers.json"
-Schedule = Literal["warmup", "fixed_model", "self_evolving"]
+Schedule = Literal["warmup", "fixed_model", "cross_fitted", "self_evolving"]
 
 
 @dataclass
@@ -80,8 +83,10 @@ class Arm:
 
     Args:
         schedule: ``warmup`` stops after D_0 (the paper's DS2 row). ``fixed_model`` scores the whole
-            pool once and trains the base on the result. ``self_evolving`` takes D_1 ... D_T in
-            turn: the model after the last round is the reference, and training goes on from it.
+            pool once and trains the base on the result. ``cross_fitted`` does so with two
+            references, the base trained on either half of the pool: each scores the half that it
+            has not seen. ``self_evolving`` takes D_1 ... D_T in turn: the model after the last
+            round is the reference, and training goes on from it.
         rule: see `SelectionConfig`.
         scope: see `SelectionConfig`.
         keep: share of response tokens kept; null takes the run's ``selection.keep``, which an
@@ -98,6 +103,11 @@ class Arm:
             self.selection(SelectionConfig())
         except ValueError as error:
             raise ValueError(str(error).replace("selection.", "loop.arms: ", 1)) from None
+        if self.schedule == "cross_fitted" and not self.needs_reference:
+            raise ValueError(
+                f"loop.arms: rule {self.rule} asks no reference, so there is nothing to cross-fit; "
+                "give it the schedule fixed_model"
+            )
 
     def selection(self, run: SelectionConfig) -> SelectionConfig:
         """The run's selection settings with this arm's own put in."""
@@ -112,12 +122,23 @@ class Arm:
         text = f"schedule {self.schedule}, rule {self.rule}"
         if self.rule in ("full", "oracle"):
             return text
+        if self.rule == "contradiction":
+            return f"{text}, max_gap {selection.max_gap}"
         own = "" if self.keep is None else " (the arm's own)"
         return f"{text}, scope {self.scope}, keep {selection.keep}{own}"
 
     @property
     def needs_scores(self) -> bool:
-        return self.schedule != "warmup" and self.rule == "token_cleaning"
+        """Losses under base and reference."""
+        return self.schedule != "warmup" and self.selection(SelectionConfig()).needs_scores
+
+    @property
+    def needs_gap(self) -> bool:
+        return self.schedule != "warmup" and self.selection(SelectionConfig()).needs_gap
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.needs_scores or self.needs_gap
 
     def needs_warmup(self, reference: str | None) -> bool:
         """Whether the warm-up model must be trained.
@@ -125,7 +146,9 @@ class Arm:
         Args:
             reference: what scores for fixed-model arms in its place.
         """
-        return self.schedule != "fixed_model" or (self.needs_scores and reference is None)
+        if self.schedule == "fixed_model":
+            return self.needs_reference and reference is None
+        return self.schedule != "cross_fitted"
 
 
 @dataclass
@@ -135,6 +158,8 @@ class LoopConfig:
     Args:
         arms: name -> arm, run in this order.
         warmup_epochs: epochs on D_0; null takes the trainer's ``max_epochs`` (the paper: 1).
+        half_epochs: epochs on either half of the pool, for cross-fitted arms; null takes the
+            trainer's ``max_epochs``.
         warmup_learning_rate: of the warm-up; null takes the optimizer's own (the paper: the same).
         score_base: the base of round t's score: ``theta_0`` (the text and the released scripts of
             arXiv 2502.01968) or ``previous``, theta_{t-1}, as its Algorithm 1 prints.
@@ -142,15 +167,19 @@ class LoopConfig:
         reference: scores the pool for fixed-model arms instead of the warm-up model: a LoRA adapter
             of the base, a run that holds one, or another model with the base's vocabulary (folder
             or hub name).
+        warmup: an earlier run's ``warmup`` folder, to take its model instead of training one; it
+            must have been trained on this run's D_0.
         evaluate_rounds: also measure the warm-up model and the model after every round.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
     warmup_epochs: int | None = None
+    half_epochs: int | None = None
     warmup_learning_rate: float | None = None
     score_base: Literal["theta_0", "previous"] = "theta_0"
     continue_adapter: bool = False
     reference: str | None = None
+    warmup: str | None = None
     evaluate_rounds: bool = False
 
     def __post_init__(self) -> None:
@@ -166,8 +195,10 @@ class LoopConfig:
                 "loop.score_base: previous needs one adapter per round; it does not go with "
                 "loop.continue_adapter"
             )
-        if self.warmup_epochs is not None and self.warmup_epochs < 1:
-            raise ValueError(f"loop.warmup_epochs: {self.warmup_epochs}; at least 1 is needed")
+        for name in ("warmup_epochs", "half_epochs"):
+            epochs = getattr(self, name)
+            if epochs is not None and epochs < 1:
+                raise ValueError(f"loop.{name}: {epochs}; at least 1 is needed")
 
 
 class CleaningLoop:
@@ -222,9 +253,11 @@ class CleaningLoop:
         """Every arm in order; returns the run's summary and, as ``results``, the arms'."""
         tokenise(self.data, self.ledger)
         self.check()
+        _ = self.reference  # a bad one is to be found now, not after the warm-up
         parts = self.data.subset_rows()
         results = [self._evaluated("base", self.folder / "base", [])]
-        if any(arm.needs_scores for arm in self.loop.arms.values()):
+        chosen = (arm.selection(self.selection) for arm in self.loop.arms.values())
+        if any(selection.needs_base for selection in chosen):
             self._base_scores()
         if any(a.needs_warmup(self.loop.reference) for a in self.loop.arms.values()):
             self._warm_up(parts[0])
@@ -249,13 +282,20 @@ class CleaningLoop:
         needs_truth = [
             n for n, a in self.loop.arms.items() if a.selection(self.selection).needs_truth
         ]
+        if self.data.order == "shuffle" and any(
+            arm.rule == "quality" for arm in self.loop.arms.values()
+        ):
+            raise ValueError(
+                "loop.arms: the rule quality needs a rating of every sample; name its column with "
+                "data.order"
+            )
         if needs_truth and not self.pool.has_truth:
             raise ValueError(
                 f"loop.arms: {', '.join(needs_truth)} keeps tokens by planted truth, which this "
                 "pool does not have"
             )
-        if self.reference and not any(
-            a.schedule == "fixed_model" and a.needs_scores for a in self.loop.arms.values()
+        if self.loop.reference and not any(
+            a.schedule == "fixed_model" and a.needs_reference for a in self.loop.arms.values()
         ):
             raise ValueError("loop.reference: no arm uses it; it scores for fixed-model arms")
         if self.data.subset is not None:
@@ -308,6 +348,9 @@ class CleaningLoop:
     def _warm_up(self, rows: np.ndarray) -> None:
         """theta_1: the base trained on every response token of D_0."""
         step = self.folder / "warmup"
+        if self.loop.warmup is not None and not step.exists():
+            self._check_warmup(Path(self.loop.warmup), rows)
+            step.symlink_to(Path(self.loop.warmup).resolve())
         self._clean(
             ScoredRows(self.pool, rows, None, None, round=0), SelectionConfig(rule="full"), step
         )
@@ -319,18 +362,42 @@ class CleaningLoop:
         if self.loop.evaluate_rounds:
             self._evaluated("warmup", step, [step / "adapter"])
 
+    def _check_warmup(self, folder: Path, rows: np.ndarray) -> None:
+        counts = self.pool.response_counts()[rows]
+        ids = set(self.pool.ids.take(rows[counts > 0]).to_pylist())
+        if not _is_trained(folder) or not (folder / "cleaned" / MANIFEST).is_file():
+            raise ValueError(
+                f"loop.warmup: {folder} is not the `warmup` folder of a run, or not finished"
+            )
+        if set(trained_ids(folder / "adapter")) != ids:
+            raise ValueError(
+                f"loop.warmup: {folder} was trained on other samples than this run's D_0; leave it "
+                "out, or set data.path, data.seed and data.subsets as they were there"
+            )
+
     def _reference_scores(self) -> ScoreTable:
         """The whole pool under the reference of every fixed-model arm."""
-        rows, base = np.arange(len(self.pool)), self._base_scores()
+        rows = np.arange(len(self.pool))
+        arms = [a for a in self.loop.arms.values() if a.schedule == "fixed_model"]
+        base = self._base_scores() if any(a.needs_scores for a in arms) else None
+        gap = any(a.needs_gap for a in arms)
         if self.reference is None:
             adapter = self.folder / "warmup" / "adapter"
             folder = self.folder / "scores" / "warmup"
             return self._score(
-                folder, rows, lambda: self._at([adapter]), [adapter], against=base, shared=True
+                folder,
+                rows,
+                lambda: self._at([adapter]),
+                [adapter],
+                against=base,
+                gap=gap,
+                shared=True,
             )
         folder, (config, adapters) = self.folder / "scores" / "reference", self.reference
         if config is self.template.base and not self.full_tuning:
-            return self._score(folder, rows, lambda: self._at(adapters), adapters, against=base)
+            return self._score(
+                folder, rows, lambda: self._at(adapters), adapters, against=base, gap=gap
+            )
         # Another model: beside the base in memory while it scores.
         ours = self._network
         try:
@@ -340,7 +407,7 @@ class CleaningLoop:
                     self._network.load_adapter(adapter)
                 self.data.layout = self._network.layout
             return self._score(
-                folder, rows, lambda: self.network, adapters, against=base, base=config
+                folder, rows, lambda: self.network, adapters, against=base, gap=gap, base=config
             )
         finally:
             self._network = ours
@@ -378,6 +445,7 @@ class CleaningLoop:
         adapters: list[Path],
         depth: int | None = None,
         against: ScoreTable | None = None,
+        gap: bool = False,
         shared: bool = False,
         base: BaseConfig | None = None,
     ) -> ScoreTable:
@@ -390,6 +458,7 @@ class CleaningLoop:
             adapters: what is stacked on the base in it.
             depth: how many of the stack count; all by default.
             against: the base's table, for a reference.
+            gap: whether it needs the column of that name.
             shared: whether other runs may need the same table.
             base: the model below the adapters, if it is not the run's own base.
         """
@@ -398,7 +467,7 @@ class CleaningLoop:
             depth = network.depth if depth is None else depth
             with self._measured("score", folder) as cost, network.at_depth(depth):
                 token_rows = TokenRows(self.pool, rows)
-                module = ScoringModule(base or self.template.base)
+                module = ScoringModule(base or self.template.base, columns=["gap"] if gap else None)
                 # After full fine-tuning these are whole models.
                 module.adapters = [str(a) for a in adapters]
                 module.network = network
@@ -476,22 +545,64 @@ class CleaningLoop:
         selection = arm.selection(self.selection)
         if arm.schedule == "fixed_model":
             adapters = [self._fixed(arm, selection, folder)]
+        elif arm.schedule == "cross_fitted":
+            adapters = [self._cross_fitted(arm, selection, folder, parts)]
         else:
             adapters = self._rounds(arm, selection, folder, parts)
-            self._join_rounds(folder, len(parts), arm, selection)
+            steps = [self.folder / "warmup", *(folder / f"round_{t}" for t in range(1, len(parts)))]
+            self._join(folder, steps, arm, selection)
             self._publish(folder, adapters)
         return self._evaluated(name, folder, adapters, CleanedPool(folder / "cleaned", self._cache))
 
     def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
         """Select once over the whole pool and train theta_0 on it."""
-        base = self._base_scores() if arm.needs_scores else None
-        reference = self._reference_scores() if arm.needs_scores else None
+        base = self._base_scores() if selection.needs_base else None
+        reference = self._reference_scores() if arm.needs_reference else None
         scored = ScoredRows(self.pool, np.arange(len(self.pool)), base, reference, round=1)
         self._clean(scored, selection, folder)
         if not _is_trained(folder):
             self._at_base()
             self._train(folder, [], round_number=1)
         return folder / "adapter"
+
+    def _cross_fitted(
+        self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
+    ) -> Path:
+        """`_fixed` with a reference per half of the pool, trained on the other half."""
+        base = self._base_scores() if arm.needs_scores else None
+        split = halves(parts)
+        steps = [folder / "half_1", folder / "half_2"]
+        for number, (step, rows) in enumerate(zip(steps, split, strict=True), start=1):
+            reference = self._half_scores(number, rows, split[2 - number])
+            scored = ScoredRows(self.pool, rows, base, reference, round=1)
+            if scored.seen.any():
+                raise RuntimeError(f"half {number} is scored by a model that was trained on it")
+            self._clean(scored, selection, step)
+        self._join(folder, steps, arm, selection)
+        if not _is_trained(folder):
+            self._at_base()
+            self._train(folder, [], round_number=1)
+        return folder / "adapter"
+
+    def _half_scores(self, number: int, rows: np.ndarray, other: np.ndarray) -> ScoreTable:
+        """One half of the pool under the base trained on every response token of the other."""
+        step = self.folder / "halves" / f"without_{number}"
+        self._clean(
+            ScoredRows(self.pool, other, None, None, round=0), SelectionConfig(rule="full"), step
+        )
+        if not _is_trained(step):
+            log.info("reference of half %d: %d other samples", number, len(other))
+            self._at_base()
+            self._train(step, [], round_number=0, epochs=self.loop.half_epochs)
+        arms = [a for a in self.loop.arms.values() if a.schedule == "cross_fitted"]
+        return self._score(
+            self.folder / "scores" / f"half_{number}",
+            rows,
+            lambda: self._at([step / "adapter"]),
+            [step / "adapter"],
+            against=self._base_scores() if any(a.needs_scores for a in arms) else None,
+            gap=any(a.needs_gap for a in arms),
+        )
 
     def _rounds(
         self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
@@ -505,10 +616,16 @@ class CleaningLoop:
                 self._at(stack)
                 in_memory = True
             base = reference = None
-            if arm.needs_scores:
+            if selection.needs_base:
                 base = self._round_base(step, rows, stack)
+            if arm.needs_reference:
                 reference = self._score(
-                    step / "scores", rows, lambda: self.network, stack, against=base
+                    step / "scores",
+                    rows,
+                    lambda: self.network,
+                    stack,
+                    against=base,
+                    gap=arm.needs_gap,
                 )
             scored = ScoredRows(self.pool, rows, base, reference, round=number)
             if scored.seen.any():
@@ -555,11 +672,10 @@ class CleaningLoop:
             f"; the reference saw {int(scored.seen.sum())} rows" if scored.seen.any() else "",
         )
 
-    def _join_rounds(self, folder: Path, parts: int, arm: Arm, selection: SelectionConfig) -> None:
-        """The rounds' cleaned rows and D_0 as one cleaned pool in pool order."""
+    def _join(self, folder: Path, steps: list[Path], arm: Arm, selection: SelectionConfig) -> None:
+        """The steps' cleaned rows as one cleaned pool in pool order: rounds with D_0, or halves."""
         if (folder / "cleaned" / MANIFEST).is_file():
             return
-        steps = [self.folder / "warmup", *(folder / f"round_{t}" for t in range(1, parts))]
         pools = [CleanedPool(step / "cleaned", self._cache) for step in steps]
         table = pa.Table.from_batches([b for pool in pools for b in pool.batches()])
         row_of_id = {id: row for row, id in enumerate(self.pool.ids)}
@@ -573,11 +689,16 @@ class CleaningLoop:
             "schedule": arm.schedule,
             "score_base": self.loop.score_base,
             "response_tokens": sum(p.manifest["response_tokens"] for p in pools),
-            "ranked_tokens": sum(p.manifest["ranked_tokens"] for p in pools[1:]),
+            "ranked_tokens": sum(p.manifest["ranked_tokens"] for p in pools),
             "kept_tokens": sum(p.manifest["kept_tokens"] for p in pools),
             "cut": None,
-            "rounds": [{k: p.manifest[k] for k in kept_facts} for p in pools],
         }
+        facts = [{k: p.manifest[k] for k in kept_facts} for p in pools]
+        if arm.schedule == "cross_fitted":
+            manifest["halves"] = facts
+        else:
+            manifest["rounds"] = facts
+            manifest["ranked_tokens"] -= facts[0]["ranked_tokens"]  # D_0 is not ranked
         blocks = (
             batch
             for first in range(0, len(order), ROWS_PER_SHARD)
@@ -674,6 +795,11 @@ class CleaningLoop:
     @property
     def _cache(self) -> Path:
         return self.data.cache_dir
+
+
+def halves(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Two halves of the pool, with as much of every part in one as in the other."""
+    return [np.sort(np.concatenate([part[i::2] for part in parts])) for i in (0, 1)]
 
 
 def _share_near_the_cut(share: float | None, noise: float | None) -> str:

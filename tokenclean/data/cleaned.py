@@ -10,7 +10,8 @@ labels         list<int32>    the token's id where it carries loss, else -100 (n
 response_mask  list<bool>
 base_nll       list<float32>  nats; null where there is none, as is ``reference_nll``
 score          list<double>   base nll - reference nll, in float64
-reason         list<int8>     0 kept, 1 prompt, 2 below the cut, 3 row seen by the reference
+reason         list<int8>     0 kept, 1 prompt, 2 below the cut, 3 row seen by the reference,
+                              4 contradicted by the reference
 weight         list<float32>  loss weight, 1 by default
 round          int32          round that cleaned the row; 0 = warm-up
 truth          list<int8>     planted pools only: 1 informative, 0 uninformative, -1 corrupted

@@ -72,13 +72,17 @@ class Message(TypedDict):
 
 
 class Row(TypedDict):
-    """One conversation; `truth` holds (message index, start, end, label) of labelled spans."""
+    """One conversation; `truth` holds (message index, start, end, label) of labelled spans.
+
+    `quality` is what a careful judge of samples would say: 5, less one for every kind of noise.
+    """
 
     id: str
     source: str
     messages: list[Message]
     truth: list[tuple[int, int, int, int]]
     noise: list[str]
+    quality: int
 
 
 @dataclass(frozen=True)
@@ -500,7 +504,7 @@ def _conversation(name: str, split: Split, tag: str, settings: PlantedSettings) 
     ask, plant = Random(f"{tag}/ask"), Random(f"{tag}/plant")
     family = world().families[name]
     turns = 2 if ask.random() < settings.multi_turn else 1
-    row = Row(id="", source=name, messages=[], truth=[], noise=[])
+    row = Row(id="", source=name, messages=[], truth=[], noise=[], quality=5)
     if ask.random() < settings.system:
         row["messages"].append(Message(role="system", content=ask.choice(SYSTEMS)))
     noise: set[str] = set()
@@ -512,6 +516,7 @@ def _conversation(name: str, split: Split, tag: str, settings: PlantedSettings) 
         row["messages"].append(Message(role="assistant", content=text))
         noise |= planted
     row["noise"] = sorted(noise)
+    row["quality"] -= len(noise)
     return row
 
 
@@ -560,7 +565,14 @@ def evaluation_rows(settings: PlantedSettings) -> list[Row]:
                 Message(role="assistant", content=text),
             ]
             rows.append(
-                Row(id=row_id, source=name, messages=messages, truth=[frame, tail], noise=[])
+                Row(
+                    id=row_id,
+                    source=name,
+                    messages=messages,
+                    truth=[frame, tail],
+                    noise=[],
+                    quality=5,
+                )
             )
     return rows
 

@@ -20,10 +20,11 @@ from tokenclean.data.batches import Batch, collate
 from tokenclean.data.datamodule import PlannedBatches, TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.loss import token_statistics
 from tokenclean.models import BaseConfig, Network, adapter_folders, in_float32, trained_ids
 from tokenclean.runs import stop_if_interrupted
 from tokenclean.scoring.cache import ScoreCache
-from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.scoring.table import Column, ScoreTable, ScoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,19 @@ class ScoringModule(LightningModule):
         base: the base model.
         adapters: PEFT adapter folders (or runs that hold one), stacked in this order; none scores
             the base itself.
+        columns: what to store besides the losses. ``gap`` (log-probability of the most likely token
+            less that of the realised one) is what the rule ``contradiction`` reads; it comes from
+            the same logits.
     """
 
-    def __init__(self, base: BaseConfig, adapters: str | list[str] | None = None):
+    def __init__(
+        self,
+        base: BaseConfig,
+        adapters: str | list[str] | None = None,
+        columns: list[Column] | None = None,
+    ):
         super().__init__()
+        self.columns: list[Column] = list(dict.fromkeys(columns or []))
         self.base, self.adapters = base, adapter_folders(adapters)
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
@@ -94,7 +104,7 @@ class ScoringModule(LightningModule):
         self._probe = {int(planned.rows.rows[i]): None for i in chosen}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Losses of the batch's targets: float32, shape (N,).
+        """Losses of the batch's targets: float32, shape (N,), or (2, N) with their gaps.
 
         Raises:
             FloatingPointError: naming the first sample with a loss that is not finite.
@@ -105,7 +115,7 @@ class ScoringModule(LightningModule):
         if self.trainer.received_sigterm:
             raise SIGTERMException
         with self.network.clock(batch.tokens):
-            nll: Tensor = self.network(batch)
+            nll, *others = self._statistics(batch)
         if not bool(torch.isfinite(nll).all()):
             for row, values in batch.split(nll):
                 if not bool(torch.isfinite(values).all()):
@@ -118,7 +128,17 @@ class ScoringModule(LightningModule):
             for row, values in batch.split(nll):
                 if row in self._probe:
                     self._probe[row] = values.cpu()
-        return nll
+        return torch.stack([nll, *others]) if others else nll
+
+    def _statistics(self, batch: Batch) -> list[Tensor]:
+        """Losses and what else is asked for, float32, shape (N,) each."""
+        assert self.network is not None
+        if not self.columns or not batch.rows:
+            nll: Tensor = self.network(batch)
+            return [nll] * (1 + len(self.columns))
+        found = token_statistics(self.network.hidden(batch), self.network.head, batch.targets)
+        # Rounding may put the most likely token a hair below itself.
+        return [found.nll, (found.nll + found.top_probability.log()).clamp_min(0.0)]
 
     def on_predict_epoch_end(self) -> None:
         self._merged.close()
@@ -212,6 +232,8 @@ def score_pool(
     manifest = score_manifest(pool, module.base, module.adapters, network, budget, trainer)
     loaded = source if isinstance(source, TuluDataModule) else source.dataset.rows
     manifest["cut_after_last_target"] = loaded.cut
+    if module.columns:  # a table without them is the one it has always been
+        manifest["columns"] = module.columns
     if cache is not None and cache.has(manifest, rows.rows):
         if trainer.is_global_zero:
             cache.take(manifest, rows.rows, folder)

@@ -2,14 +2,15 @@
 
 Arrow shards with a manifest, one row per sample in pool order: ``id``, ``row`` (pool row),
 ``positions`` list<int32>, ``token_ids`` list<int32>, ``nll`` list<float32>; index j of ``nll``
-belongs to predicting the token at ``positions[j]``.
+belongs to predicting the token at ``positions[j]``. Columns like it (`Column`) follow where they
+were asked for; the manifest's ``columns`` lists them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,8 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.selection.topk import Histogram, ordered_keys
 
 KIND = "score table"
+#: What a table can hold besides losses. ``gap``: log p(most likely token) - log p(token), in nats.
+Column = Literal["gap"]
 #: Of the scores against the table that a reference was written `against`.
 HISTOGRAM = "histogram.npz"
 _SCHEMA = pa.schema(
@@ -58,6 +61,8 @@ class ScoreTable(ArrowTable):
     Attributes:
         rows: pool row of each table row, ascending, int64.
         nll: its losses, float32, one list per row.
+        gap: by how much the most likely token's log-probability exceeds the realised one's, like
+            ``nll``; None in tables made without it.
     """
 
     def __init__(self, folder: Path):
@@ -65,6 +70,8 @@ class ScoreTable(ArrowTable):
         rows = [batch.column("row").to_numpy() for batch in self.batches()]
         self.rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         self.nll = self.lists("nll")
+        stored = self.manifest.get("columns", [])
+        self.gap = self.lists("gap") if "gap" in stored else None
 
     def check_pool(self, pool: TokenPool) -> None:
         """Refuse a table made from another pool.
@@ -95,6 +102,18 @@ class ScoreTable(ArrowTable):
             ValueError: if the table lacks one of the rows.
         """
         return self.nll.take(self.places(rows))
+
+    def gaps_of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`of_rows` for the gap.
+
+        Raises:
+            ValueError: if the table was made without it, or lacks one of the rows.
+        """
+        if self.gap is None:
+            raise ValueError(
+                f"{self.folder} has no column `gap`; score it again with --model.columns '[gap]'"
+            )
+        return self.gap.take(self.places(rows))
 
     def of_row(self, row: int) -> np.ndarray:
         """Losses of one pool row, float32.
@@ -139,6 +158,8 @@ class ScoreWriter(BasePredictionWriter):
         against: table of the base model, where this one is a reference: the histogram of the scores
             is then stored with the table, and selection needs one pass less.
 
+    The manifest's ``columns`` are those that predictions hold besides losses, in that order.
+
     Raises:
         ValueError: if ``against`` lacks one of the rows.
     """
@@ -153,6 +174,7 @@ class ScoreWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.rows, self.folder, self.manifest = rows, folder, manifest
         self.against = against
+        self.columns = ("nll", *manifest.get("columns", []))
         if against is not None:
             against.places(rows.rows)  # raises now rather than after hours of scoring
         self._starts = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int64)
@@ -161,10 +183,14 @@ class ScoreWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self._spool.mkdir(parents=True, exist_ok=True)
-            np.memmap(self._spool / "nll", np.float32, "w+", shape=(self._starts[-1],))
+            for name in self.columns:
+                np.memmap(self._spool / name, np.float32, "w+", shape=(self._starts[-1],))
             np.memmap(self._spool / "seen", np.uint8, "w+", shape=(len(self.rows),))
         trainer.strategy.barrier("score table opened")
-        self._nll = np.memmap(self._spool / "nll", np.float32, "r+", shape=(self._starts[-1],))
+        self._values = {
+            name: np.memmap(self._spool / name, np.float32, "r+", shape=(self._starts[-1],))
+            for name in self.columns
+        }
         self._seen = np.memmap(self._spool / "seen", np.uint8, "r+", shape=(len(self.rows),))
 
     def write_on_batch_end(
@@ -178,14 +204,17 @@ class ScoreWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         places = np.searchsorted(self.rows.rows, batch.rows)
-        losses = prediction.to("cpu", torch.float32).numpy()
-        self._nll[spans(self._starts[places], self.rows.counts[places])] = losses
+        at = spans(self._starts[places], self.rows.counts[places])
+        values = prediction.to("cpu", torch.float32).numpy().reshape(len(self.columns), -1)
+        for name, row in zip(self.columns, values, strict=True):
+            self._values[name][at] = row
         np.add.at(self._seen, places, 1)  # a row that occurs twice is counted twice
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.received_sigterm:
             return  # an unfinished pass, which Lightning ends as if it were finished
-        self._nll.flush()
+        for values in self._values.values():
+            values.flush()
         self._seen.flush()
         trainer.strategy.barrier("score table filled")
         if trainer.is_global_zero:
@@ -202,11 +231,14 @@ class ScoreWriter(BasePredictionWriter):
     def _finish(self, measured: dict[str, Any]) -> None:
         rows, table = self.rows, self.rows.table
         assert isinstance(table, TokenPool)
+        fields = [pa.field(name, pa.list_(pa.float32())) for name in self.columns[1:]]
+        schema = pa.schema([*_SCHEMA, *fields])
         content, histogram = hashlib.sha256(rows.rows.tobytes()), Histogram()
         with complete_folder(self.folder) as partial:
             for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
                 chosen = rows.rows[first : first + ROWS_PER_SHARD]
-                nll = self._nll[self._starts[first] : self._starts[first + len(chosen)]]
+                part = slice(self._starts[first], self._starts[first + len(chosen)])
+                values = {name: self._values[name][part] for name in self.columns}
                 lengths, mask = table.response_mask.take(chosen)
                 counts = rows.counts[first : first + len(chosen)]
                 at = np.flatnonzero(mask)
@@ -218,15 +250,17 @@ class ScoreWriter(BasePredictionWriter):
                         "row": chosen,
                         "positions": lists_of(counts, positions.astype(np.int32)),
                         "token_ids": lists_of(counts, tokens),
-                        "nll": lists_of(counts, nll),
+                        **{name: lists_of(counts, v) for name, v in values.items()},
                     },
-                    schema=_SCHEMA,
+                    schema=schema,
                 )
                 write_shard(partial, number, batch)
-                content.update(nll.tobytes())
+                content.update(values["nll"].tobytes())
                 if self.against is not None:
                     base = self.against.of_rows(chosen)[1]
-                    histogram.add(ordered_keys(scores(base, nll)))
+                    histogram.add(ordered_keys(scores(base, values["nll"])))
+            for name in self.columns[1:]:
+                content.update(self._values[name].data)  # whole, so that shards make no difference
             if self.against is not None:
                 np.savez_compressed(
                     partial / HISTOGRAM,
@@ -244,7 +278,7 @@ class ScoreWriter(BasePredictionWriter):
                     "content": content.hexdigest()[:16],
                 },
             )
-        del self._nll, self._seen
-        for name in ("nll", "seen"):
+        del self._values, self._seen
+        for name in (*self.columns, "seen"):
             (self._spool / name).unlink()
         self._spool.rmdir()

@@ -22,12 +22,20 @@ from tokenclean.selection.topk import (
     top_mask,
 )
 
-RuleName = Literal["token_cleaning", "random", "full", "oracle"]
-Scope = Literal["global", "sample"]
+RuleName = Literal[
+    "token_cleaning", "contradiction", "random", "perplexity", "length", "quality", "full", "oracle"
+]
+Scope = Literal["global", "sample", "whole_sample"]
 
 #: Reason codes of a cleaned pool, one int8 per token.
-REASONS = {0: "kept", 1: "prompt", 2: "below the cut", 3: "row seen by the reference"}
-KEPT, PROMPT, BELOW_CUT, SEEN = 0, 1, 2, 3
+REASONS = {
+    0: "kept",
+    1: "prompt",
+    2: "below the cut",
+    3: "row seen by the reference",
+    4: "contradicted by the reference",
+}
+KEPT, PROMPT, BELOW_CUT, SEEN, CONTRADICTED = 0, 1, 2, 3, 4
 
 
 @dataclass
@@ -36,15 +44,22 @@ class SelectionConfig:
 
     Args:
         rule: ``token_cleaning`` ranks by score, base nll - reference nll (arXiv 2502.01968,
-            Eq. 3); ``random`` ranks at random; ``full`` keeps every response token; ``oracle``
-            keeps exactly the tokens whose planted truth is informative. The last two ignore
-            ``keep`` and ``scope``.
-        scope: rank over the whole pool (``global``, Eq. 4) or within each sample (``sample``,
-            the way the paper's RHO arm works).
+            Eq. 3); ``contradiction`` drops the tokens where the reference expected another one,
+            see ``max_gap``; ``random`` ranks at random; ``perplexity`` ranks by the base's loss,
+            lowest first; ``length`` (response tokens, longest first) and ``quality`` (the column
+            that ``data.order`` names, highest first) rank whole samples; ``full`` keeps every
+            response token; ``oracle`` keeps exactly the tokens whose planted truth is informative.
+            ``contradiction``, ``full`` and ``oracle`` look at neither ``keep`` nor ``scope``.
+        scope: rank over the whole pool (``global``, Eq. 4), within each sample (``sample``, the way
+            the paper's RHO arm works), or whole samples by the mean over their tokens
+            (``whole_sample``): the best ones whose tokens together are no more than int(n * keep).
         keep: share of response tokens kept, in (0, 1]; kept = int(n * keep) of the scope's n.
         always_keep_eos: rank every end-of-sequence target first. The number kept stays
             int(n * keep) unless there are more such targets than that.
         exclude_seen: neither rank nor train on rows that the reference was trained on.
+        max_gap: of ``contradiction``, in nats: a token is kept while the reference's most likely
+            token is at most exp(max_gap) times as likely as it. A high loss alone drops nothing:
+            where the reference does not know, its best guess is unlikely too.
     """
 
     rule: RuleName = "token_cleaning"
@@ -52,6 +67,7 @@ class SelectionConfig:
     keep: float = 0.6
     always_keep_eos: bool = False
     exclude_seen: bool = False
+    max_gap: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
@@ -66,10 +82,39 @@ class SelectionConfig:
             raise ValueError(
                 f"selection.keep: {self.keep} is not a share in (0, 1]; the paper keeps 0.6"
             )
+        if self.rule in ("length", "quality") and self.scope != "whole_sample":
+            raise ValueError(
+                f"selection.scope: {self.rule} is a property of samples, not of their tokens; set "
+                "whole_sample"
+            )
+        if self.always_keep_eos and self.scope == "whole_sample":
+            raise ValueError(
+                "selection.always_keep_eos: whole samples keep or lose theirs; leave it out"
+            )
+        if not self.max_gap >= 0.0:
+            raise ValueError(
+                f"selection.max_gap: {self.max_gap} is not a gap in nats; 0 keeps only what the "
+                "reference finds most likely, the default is 1"
+            )
 
     @property
     def needs_scores(self) -> bool:
+        """Losses under base and reference."""
         return self.rule == "token_cleaning"
+
+    @property
+    def needs_base(self) -> bool:
+        """Losses under the base."""
+        return self.needs_scores or self.rule == "perplexity"
+
+    @property
+    def needs_gap(self) -> bool:
+        """The reference's gap alone; no base."""
+        return self.rule == "contradiction"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.needs_scores or self.needs_gap
 
     @property
     def needs_truth(self) -> bool:
@@ -93,11 +138,14 @@ class TokenBlock:
     Attributes:
         rows: pool row numbers, int64, shape (R,).
         counts: response tokens of each row, int64, shape (R,), summing to n.
-        score: float64, shape (n,), or None for rules that need none.
+        score: what the rule ranks by, higher first: float64, shape (n,), or None for rules that
+            need none.
         is_eos: bool, shape (n,), or None where no end-of-sequence target goes first.
         truth: int8, shape (n,): 1 informative, 0 uninformative, -1 corrupted; None for rules that
             need none.
         seen: bool, shape (R,): the reference was trained on the row.
+        gap: float32, shape (n,): log p(most likely token) - log p(token) under the reference, at
+            least 0; None for rules that need none.
     """
 
     rows: np.ndarray
@@ -106,6 +154,7 @@ class TokenBlock:
     is_eos: np.ndarray | None
     truth: np.ndarray | None
     seen: np.ndarray
+    gap: np.ndarray | None = None
 
 
 @dataclass
@@ -154,16 +203,18 @@ def select(
         out: where the mask goes, bool, one entry per response token; by default a new array.
 
     Raises:
-        ValueError: if the rule needs scores or truth that the blocks lack, scores are NaN, or the
+        ValueError: if the rule needs scores, gaps or truth that the blocks lack, one is NaN, or the
             histogram is not that of the scores.
     """
     cut: float | None = None
     if not config.ranks_plainly:
         histogram = None
-    if config.rule in ("full", "oracle"):
+    if config.rule in ("full", "oracle", "contradiction"):
         masks = _unranked(blocks, config)
     elif config.scope == "sample":
         masks = _sample_masks(blocks, config, seed)
+    elif config.scope == "whole_sample":
+        masks = _whole_sample_masks(blocks, config, seed)
     else:
         if histogram is None:
             histogram = Histogram()
@@ -203,7 +254,7 @@ def select(
 
 def _score(block: TokenBlock) -> np.ndarray:
     if block.score is None:
-        raise ValueError("rule: token_cleaning needs a base and a reference score table")
+        raise ValueError("the rule needs scores, which the blocks lack")
     return block.score
 
 
@@ -211,6 +262,14 @@ def _truth(block: TokenBlock) -> np.ndarray:
     if block.truth is None:
         raise ValueError("rule: oracle needs a pool with planted truth; this one has none")
     return block.truth
+
+
+def _gap(block: TokenBlock) -> np.ndarray:
+    if block.gap is None:
+        raise ValueError("rule: contradiction needs a reference score table with the column `gap`")
+    if np.isnan(block.gap).any():
+        raise ValueError("gaps contain NaN: the pass that produced them must be repeated")
+    return block.gap
 
 
 def _is_eos(block: TokenBlock) -> np.ndarray:
@@ -240,6 +299,9 @@ def _unranked(blocks: Blocks, config: SelectionConfig) -> Masks:
         mask = np.repeat(_rankable(block, config), block.counts)
         if config.rule == "oracle":
             mask &= _truth(block) == 1
+        elif config.rule == "contradiction":
+            agreed = _gap(block) <= config.max_gap
+            mask &= agreed | _is_eos(block) if config.always_keep_eos else agreed
         yield block, mask
 
 
@@ -291,3 +353,43 @@ def _sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> Masks:
         mask = np.zeros(int(block.counts.sum()), dtype=bool)
         mask[part] = top
         yield block, mask
+
+
+def _whole_sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> Masks:
+    """Best samples first, as long as their tokens fit the budget; some bytes per row in memory."""
+    means, sizes = [], []
+    for block, values in _values(blocks, config, seed):
+        rankable = _rankable(block, config) & (block.counts > 0)
+        sums = np.add.reduceat(np.append(values, 0.0), np.cumsum(block.counts) - block.counts)
+        means.append(np.where(rankable, sums / np.maximum(block.counts, 1), -np.inf))
+        sizes.append(np.where(rankable, block.counts, 0))
+    mean, size = np.concatenate([[], *means]), np.concatenate([np.zeros(0, np.int64), *sizes])
+    order = np.argsort(-mean, kind="stable")  # of equals, the earlier row
+    fits = np.cumsum(size[order]) <= int(size.sum() * config.keep)
+    chosen = np.zeros(len(size), dtype=bool)
+    chosen[order[fits]] = True
+    chosen &= size > 0
+    start = 0
+    for block in blocks():
+        rows = chosen[start : (start := start + len(block.rows))]
+        yield block, np.repeat(rows, block.counts)
+
+
+def _values(
+    blocks: Blocks, config: SelectionConfig, seed: int
+) -> Iterator[tuple[TokenBlock, np.ndarray]]:
+    """Each block with what its tokens are worth, float64, shape (n,).
+
+    Raises:
+        ValueError: if a value is NaN.
+    """
+    generator = np.random.default_rng(seed)
+    for block in blocks():
+        if config.rule == "random":
+            # one draw per sample: a mean over its tokens would favour short ones
+            values = np.repeat(generator.random(len(block.rows)), block.counts)
+        else:
+            values = _score(block)
+        if np.isnan(values).any():
+            raise ValueError("scores contain NaN: the pass that produced them must be repeated")
+        yield block, values

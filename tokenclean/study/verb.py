@@ -1,0 +1,252 @@
+"""The verbs `study` and `results`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from tokenclean import commands
+from tokenclean.arrow import write_json
+from tokenclean.cleaning.results import ArmResult, results_markdown
+from tokenclean.costs import COSTS, SHARED, Cost, quantity, seconds_text
+from tokenclean.runs import SUMMARY, log_to, open_run, run_folder, write_summary
+from tokenclean.study.config import StudyConfig
+from tokenclean.study.driver import (
+    STUDY,
+    Planned,
+    plan_study,
+    quick_study,
+    run_study,
+    write_data,
+)
+from tokenclean.study.tables import REPORTS, Cell, report
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.md"
+
+
+def study(argv: list[str]) -> None:
+    """Arms x seeds x settings: many runs of `clean`, one table."""
+    parser = ArgumentParser(
+        prog="tokenclean study",
+        description="Arms x seeds x settings: many runs of `clean`, their tables and figures.",
+        usage="%(prog)s -c configs/study/NAME.yaml [--option value ...]",
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file")
+    parser.add_argument("--quick", action="store_true", help="the study's own small version")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print what it would cost instead of running it"
+    )
+    parser.add_argument("--name", type=str | None, help="folder's name; default: that of the file")
+    parser.add_argument("--outputs", type=str, default="outputs", help="where run folders are")
+    parser.add_class_arguments(StudyConfig, "study")
+    config = parser.parse_args(argv)
+    plain = yaml.safe_load(parser.dump(config, skip_validation=True))
+    plain.pop("estimate")
+    asked: StudyConfig = parser.instantiate_classes(config).study
+    settings = quick_study(asked) if config.quick else asked
+    _check_reports(settings.reports)
+    files = [Path(str(file)).stem for file in config.get("config") or []]
+    name = config.name or "-".join(files) + ("_quick" if config.quick else "") or None
+    folder = run_folder(config.outputs, name, "study", plain)
+    if settings.of is not None:
+        _read_other(settings, folder, plain)
+        return
+    cells = plan_study(settings, folder)
+    write_data(settings, folder)
+    if config.estimate or not all(cell.finished for cell in cells):
+        print(_estimate(cells, settings), flush=True)
+    if config.estimate:
+        return
+    open_run(folder, plain)
+    with log_to(folder):
+        _store(settings, cells, folder, {})
+        failed = run_study(cells, commands.fit, commands.clean)
+        _store(settings, cells, folder, failed)
+        done = [cell for cell in cells if cell.finished]
+        if settings.evaluate is not None and done:
+            _evaluate(settings, done, folder)
+        print(_write_results(folder, done, settings.reports, settings.against))
+    write_summary(
+        folder,
+        {
+            "runs": len(cells),
+            "failed": len(failed),
+            "seeds": len(settings.seeds),
+            "variants": len(settings.variants),
+            **_spent(done),
+            "results": str(folder / RESULTS),
+        },
+    )
+    if failed:
+        raise ValueError(
+            "\n".join(["some runs failed:", *(f"{k}: {v}" for k, v in failed.items())])
+        )
+
+
+def results(argv: list[str]) -> None:
+    """Print the tables of finished runs and studies again."""
+    parser = ArgumentParser(
+        prog="tokenclean results",
+        description="Print the tables of finished runs of `clean` and `evaluate` and of studies.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders")
+    parser.add_argument(
+        "--reports", type=list[str] | None, help=f"of studies: {', '.join(REPORTS)}"
+    )
+    parser.add_argument("--against", type=str | None, help="of studies: the arm to compare with")
+    config = parser.parse_args(argv)
+    _check_reports(config.reports or [])
+    for name in config.runs:
+        folder = Path(name)
+        if (folder / STUDY).is_file():
+            stored = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+            cells = _cells_of(folder, stored)
+            reports = config.reports or stored["reports"]
+            print(_write_results(folder, cells, reports, config.against or stored["against"]))
+        elif (folder / "results.json").is_file() and (folder / "base" / "result.json").is_file():
+            stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            print(results_markdown([ArmResult.from_json(value) for value in stored]))
+        elif (folder / RESULTS).is_file():
+            print((folder / RESULTS).read_text(encoding="utf-8"))
+        else:
+            raise ValueError(
+                f"{folder}: no results there; give the folder of a finished run of `clean` or "
+                "`evaluate`, or of a study"
+            )
+
+
+def _check_reports(names: list[str]) -> None:
+    if unknown := [name for name in names if name not in REPORTS]:
+        raise ValueError(f"reports: {', '.join(unknown)} is not one of {', '.join(REPORTS)}")
+
+
+def _read_other(settings: StudyConfig, folder: Path, plain: dict[str, Any]) -> None:
+    """Reports on another study's runs."""
+    assert settings.of is not None
+    other = Path(settings.of)
+    if not (other / STUDY).is_file():
+        raise ValueError(f"study.of: {other} holds no study; run that one first")
+    stored = json.loads((other / STUDY).read_text(encoding="utf-8"))
+    open_run(folder, plain)
+    cells = _cells_of(other, stored)
+    stored["cells"] = [
+        {**cell, "folder": str((other / cell["folder"]).resolve())} for cell in stored["cells"]
+    ]
+    stored |= {"against": settings.against, "reports": settings.reports, "of": settings.of}
+    write_json(folder / STUDY, stored)
+    with log_to(folder):
+        print(_write_results(folder, cells, settings.reports, settings.against))
+    write_summary(folder, {"runs": len(cells), "of": settings.of, "results": str(folder / RESULTS)})
+
+
+def _store(
+    settings: StudyConfig, cells: list[Planned], folder: Path, failed: dict[str, str]
+) -> None:
+    """What `results` needs to know, and what anyone needs who wants one run again."""
+    stored = [
+        {
+            "variant": cell.variant,
+            "seed": cell.seed,
+            "value": cell.value,
+            "folder": str(cell.folder.relative_to(folder)),
+            "command": ["tokenclean", "clean", *cell.command],
+            "reference": None if cell.fit is None else ["tokenclean", "fit", *cell.fit[0]],
+            "failed": failed.get(str(cell.folder)),
+        }
+        for cell in cells
+    ]
+    write_json(
+        folder / STUDY,
+        {"against": settings.against, "reports": settings.reports, "cells": stored},
+    )
+
+
+def _cells_of(folder: Path, stored: dict[str, Any]) -> list[Cell]:
+    return [
+        Cell(c["variant"], c["seed"], folder / c["folder"], c["value"])
+        for c in stored["cells"]
+        if (folder / c["folder"] / SUMMARY).is_file()
+    ]
+
+
+def _write_results(folder: Path, cells: list[Any], reports: list[str], against: str) -> str:
+    if not cells:
+        return "no run is finished"
+    plain = [Cell(c.variant, c.seed, c.folder, c.value) for c in cells]
+    text = report(reports, plain, against, folder)
+    (folder / RESULTS).write_text(text, encoding="utf-8")
+    return text
+
+
+def _evaluate(settings: StudyConfig, done: list[Planned], folder: Path) -> None:
+    from tokenclean.evaluation.verb import evaluate
+
+    for variant in settings.variants:
+        runs = [cell.folder for cell in done if cell.variant == variant]
+        words = [word for run in runs for word in ("--run", str(run))]
+        place = ["--outputs", str(folder / "evaluation"), "--name", variant]
+        if runs:
+            evaluate(["-c", str(settings.evaluate), *words, *place])
+
+
+def _estimate(cells: list[Planned], settings: StudyConfig) -> str:
+    """A line per variant, for all its seeds, from the first one's run.
+
+    Raises:
+        ValueError: if all of them together exceed the study's token budget.
+    """
+    lines = [
+        "An estimate, for all seeds. Models that do not fill the device are slower.",
+        "",
+        "| variant | runs | tokens computed | FLOP | time | disk |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    total, seeds = Cost("all", "train"), len(settings.seeds)
+    for cell in cells[: len(settings.variants)]:
+        costs = commands.clean_costs(cell.command)
+        if settings.against not in (arms := {cost.arm for cost in costs} - {SHARED}):
+            raise ValueError(
+                f"study.against: {settings.against!r} is not an arm of {cell.variant}; choose from "
+                f"{', '.join(sorted(arms))}"
+            )
+        if cell.fit is not None:
+            costs += commands.fit_costs(cell.fit[0])
+        one = Cost(cell.variant, "train")
+        for cost in costs:
+            for _ in range(seeds):
+                one.add(cost)
+        total.add(one)
+        lines.append(_estimate_line(cell.variant, seeds, one))
+    lines.append(_estimate_line("all", len(cells), total))
+    text = "\n".join(lines) + "\n"
+    if settings.token_budget is not None:
+        text += f"\nBudget: {quantity(settings.token_budget)} tokens.\n"
+        if total.tokens > settings.token_budget:
+            raise ValueError(
+                f"{text}\nstudy.token_budget: the runs would compute {quantity(total.tokens)} "
+                "tokens, more than the budget; take fewer seeds or variants or raise it"
+            )
+    return text
+
+
+def _estimate_line(name: str, runs: int, cost: Cost) -> str:
+    cells = [name, runs, quantity(cost.tokens), quantity(cost.flops), seconds_text(cost.seconds)]
+    return f"| {' | '.join(map(str, [*cells, quantity(cost.disk, 'B')]))} |"
+
+
+def _spent(cells: list[Planned]) -> dict[str, float]:
+    """What the runs took, as their ledgers say."""
+    tokens = seconds = 0.0
+    for cell in cells:
+        if (cell.folder / COSTS).is_file():
+            stored = json.loads((cell.folder / COSTS).read_text(encoding="utf-8"))
+            seconds += stored["wall_seconds"]
+            tokens += sum(row["tokens"] for row in stored["rows"])
+    return {"tokens": tokens, "run_seconds": seconds}

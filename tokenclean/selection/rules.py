@@ -252,9 +252,10 @@ def select(
     )
 
 
-def _score(block: TokenBlock) -> np.ndarray:
+def _score(block: TokenBlock, rule: RuleName) -> np.ndarray:
     if block.score is None:
-        raise ValueError("the rule needs scores, which the blocks lack")
+        tables = "a base" if rule == "perplexity" else "a base and a reference"
+        raise ValueError(f"rule: {rule} needs {tables} score table")
     return block.score
 
 
@@ -286,7 +287,7 @@ def _rankable(block: TokenBlock, config: SelectionConfig) -> np.ndarray:
 def _near(block: TokenBlock, config: SelectionConfig, cut: float, noise: float) -> int:
     """Tokens ranked by their score that lie within the noise of the cut."""
     with np.errstate(invalid="ignore"):  # two equal infinities have no distance
-        near = np.abs(_score(block) - cut) <= noise
+        near = np.abs(_score(block, config.rule) - cut) <= noise
     if config.exclude_seen:
         near &= np.repeat(_rankable(block, config), block.counts)
     if config.always_keep_eos:
@@ -315,7 +316,7 @@ def _ranked(
         if config.rule == "random":
             keys = ordered_keys(generator.random(int(block.counts.sum())))
         else:
-            keys = ordered_keys(_score(block))
+            keys = ordered_keys(_score(block, config.rule))
         if config.always_keep_eos:
             keys[_is_eos(block)] = FIRST
         if config.exclude_seen:
@@ -389,7 +390,7 @@ def _values(
             # one draw per sample: a mean over its tokens would favour short ones
             values = np.repeat(generator.random(len(block.rows)), block.counts)
         else:
-            values = _score(block)
+            values = _score(block, config.rule)
         if np.isnan(values).any():
             raise ValueError("scores contain NaN: the pass that produced them must be repeated")
         yield block, values

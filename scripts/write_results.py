@@ -20,7 +20,7 @@ from typing import Any
 from tokenclean.costs import quantity, seconds_text
 
 #: in the order of the paper's tables; others follow by name
-ORDER = ("main", "rounds", "scores", "examples", "theory", "ours", "keep", "reference", "regimes")
+ORDER = ("main", "rounds", "scores", "examples", "theory", "ours", "keep", "references", "regimes")
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         f"{' --quick' if args.quick else ''}` left, {datetime.date.today()}; tokenclean "
         f"{metadata.version('tokenclean')}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ", one CPU thread. What the tables say is summed up in the README; a study that is "
+        + ". What the tables say is summed up in the README; a study that is "
         "missing here was not run.",
         "",
     ]

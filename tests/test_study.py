@@ -34,11 +34,15 @@ def test_the_grid_is_seeds_times_variants(tmp_path: Path) -> None:
     study = StudyConfig(
         configs=["a.yaml", "b.yaml"],
         seeds=[3, 5],
-        options={"trainer.max_epochs": 2, "loop.arms": {"full": {"rule": "full"}}},
+        options={
+            "trainer.max_epochs": 2,
+            "selection.keep": 0.5,
+            "loop.arms": {"full": {"rule": "full"}},
+        },
         planted={},
         variants={
             "few": Variant(options={"selection.keep": 0.3}, value=0.3),
-            "many": Variant(options={"trainer.max_epochs": 7}, value=0.9, warmup_of="few"),
+            "many": Variant(options={"selection.keep": 0.9}, value=0.9, warmup_of="few"),
         },
     )
     cells = plan_study(study, tmp_path)
@@ -51,9 +55,10 @@ def test_the_grid_is_seeds_times_variants(tmp_path: Path) -> None:
     assert option(command, "data.path") == str(tmp_path / "data/many/seed_5/pool.jsonl")
     assert option(command, "loop.warmup") == str(tmp_path / "runs/few/seed_5/warmup")
     assert json.loads(option(command, "loop.arms")) == {"full": {"rule": "full"}}
+    assert option(command, "trainer.max_epochs") == "2"
     # a variant's own options go before those of the study
-    assert option(command, "trainer.max_epochs") == "7"
-    assert option(cells[2].command, "trainer.max_epochs") == "2"
+    assert option(command, "selection.keep") == "0.9"
+    assert option(cells[2].command, "selection.keep") == "0.3"
     assert Path(option(command, "outputs")) / option(command, "name") == cells[3].folder
 
 
@@ -83,12 +88,26 @@ def test_quick_replaces_what_it_names() -> None:
         ({"variants": {"a/b": Variant()}}, "folder name"),
         ({"variants": {"a": Variant(warmup_of="b"), "b": Variant()}}, r"a\.warmup_of: 'b'"),
         ({"variants": {"a": Variant(planted={"samples": 3})}}, r"study\.planted is null"),
+        (
+            {"variants": {"a": Variant(), "b": Variant(planted={"seed": 3}, warmup_of="a")}},
+            r"b\.warmup_of: it differs from a",
+        ),
+        (
+            {
+                "variants": {
+                    "a": Variant(),
+                    "b": Variant(options={"loop.warmup_epochs": 3}, warmup_of="a"),
+                }
+            },
+            r"b\.warmup_of: it differs from a",
+        ),
         ({"variants": {"a": Variant(reference=Reference(shuffled=True))}}, "is null"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused(bad: dict[str, Any], message: str) -> None:
+    planted: dict[str, Any] = {"planted": {}} if "warmup_of: it" in message else {}
     with pytest.raises(ValueError, match=message):
-        StudyConfig(**{"configs": ["a.yaml"], **bad})
+        StudyConfig(**{"configs": ["a.yaml"], **planted, **bad})
 
 
 def test_planted_settings_add_the_seed_and_scale_the_noise() -> None:
@@ -207,7 +226,9 @@ def test_a_study_runs_its_grid(finished: tuple[Path, Path]) -> None:
     runs = folder / "runs"
     # one warm-up, taken over, and none where another reference scores
     warm = runs / "all" / "seed_4" / "warmup"
-    assert warm.resolve() == (runs / "half" / "seed_4" / "warmup").resolve()
+    assert not warm.is_symlink()  # what is measured of it here stays here
+    for part in ("cleaned", "adapter"):
+        assert (warm / part).resolve() == runs / "half" / "seed_4" / "warmup" / part
     assert not (runs / "placebo" / "seed_4" / "warmup").exists()
     reference = folder / "references" / "placebo" / "seed_4"
     assert len(trained_ids(reference / "adapter")) == 24
@@ -238,6 +259,11 @@ def test_a_finished_study_only_prints(
     monkeypatch.setattr("tokenclean.commands.fit", refuse)
     cli.main(["study", "-c", str(config), "--outputs", str(place)])
     said = capsys.readouterr().out
+    before = (place / "tiny" / "results.md").read_bytes()
+    cli.main(["results", str(place / "tiny"), "--reports", "[accuracy]"])
+    assert "Accuracy minus that of" in capsys.readouterr().out
+    assert (place / "tiny" / "results.md").read_bytes() == before  # others go elsewhere
+    assert (place / "tiny" / "more" / "results.md").is_file()
     cli.main(["results", str(place / "tiny")])
     again = capsys.readouterr().out
     assert (place / "tiny" / "results.md").read_text() in said
@@ -275,6 +301,16 @@ def test_more_tokens_than_the_budget_are_refused(
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith(("| half", "| all"))]
     assert len(lines) == 3  # two variants and the sum
     assert not (place / "dear" / "runs").exists()
+    # asking what another study would cost leaves the finished one alone
+    pool = place / "tiny" / "data" / "half" / "seed_4" / "pool.jsonl"
+    before = pool.read_bytes()
+    other = ["-c", str(config), "--outputs", str(place), "--study.planted", '{"samples": 30}']
+    cli.main(["study", *other, "--estimate"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["study", *other])
+    assert "holds a run of another configuration" in capsys.readouterr().err
+    assert pool.read_bytes() == before
 
 
 def test_a_warm_up_on_other_samples_is_refused(
@@ -287,7 +323,8 @@ def test_a_warm_up_on_other_samples_is_refused(
     command[command.index("--name") + 1] = "other_split"
     with pytest.raises(SystemExit):
         cli.main(command)
-    assert "loop.warmup:" in capsys.readouterr().err
+    assert "was trained on other samples" in capsys.readouterr().err
+    assert not (place / "tiny" / "runs" / "all" / "other_split" / "base").exists()
     bad = ["--loop.reference", str(place / "nowhere")]
     command = [*cell["command"][1:], "--name", "no_reference", *bad]
     with pytest.raises(SystemExit):

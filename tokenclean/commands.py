@@ -533,8 +533,11 @@ def _first_line(thing: Any) -> str:
 
 def _begin() -> float:
     """Set the messages up; when the call began, by `time.perf_counter`, imports included."""
+    global import_seconds
     _quieten()
-    return time.perf_counter() - import_seconds
+    begun = time.perf_counter() - import_seconds
+    import_seconds = 0.0  # a study calls many verbs and imports once
+    return begun
 
 
 def _quieten() -> None:

@@ -232,9 +232,12 @@ class Planner:
         arms = loop.arms.values()
         if any(arm.selection(selection).needs_base for arm in arms):
             costs.append(self.score(SHARED, rows))
-        if loop.warmup is None and any(arm.needs_warmup(loop.reference) for arm in arms):
-            costs.append(self.select(SHARED, rows[parts[0]], 0))
-            costs.append(self.train(SHARED, rows[parts[0]], 0, epochs=loop.warmup_epochs))
+        if any(arm.needs_warmup(loop.reference) for arm in arms):
+            if loop.warmup is None:
+                costs.append(self.select(SHARED, rows[parts[0]], 0))
+                costs.append(self.train(SHARED, rows[parts[0]], 0, epochs=loop.warmup_epochs))
+            if loop.evaluate_rounds:
+                costs += self.evaluate(SHARED, 1)
         if any(arm.needs_reference and arm.schedule == "fixed_model" for arm in arms):
             gap = any(arm.needs_gap and arm.schedule == "fixed_model" for arm in arms)
             costs.append(self.score(SHARED, rows, stack=1, columns=int(gap)))
@@ -260,6 +263,8 @@ class Planner:
                     one = self.lora is None or loop.continue_adapter
                     costs.append(self.train(name, kept, number, 0 if one else depth))
                     depth += not one
+                    if loop.evaluate_rounds:
+                        costs += self.evaluate(name, depth)
                 # The rounds' pools and adapters joined into one each.
                 scored = sum(cleaned_bytes(rows[p], arm.needs_reference) for p in parts[1:])
                 joined = cleaned_bytes(rows[parts[0]], False) + scored

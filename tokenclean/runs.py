@@ -40,6 +40,17 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
         config: the resolved configuration, plain values only.
 
     Raises:
+        ValueError: see `check_run`.
+    """
+    check_run(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(_plain_text(config), encoding="utf-8")
+
+
+def check_run(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that belongs to another run.
+
+    Raises:
         ValueError: if the folder holds a run of another configuration; the difference is shown.
     """
     text = _plain_text(config)
@@ -58,8 +69,6 @@ def open_run(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder} holds a run of another configuration; pass another --name, or delete "
                 f"the folder to start over. The difference:\n{difference}"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(text, encoding="utf-8")
 
 
 def stop_if_interrupted(trainer: Any) -> None:

@@ -253,8 +253,10 @@ class CleaningLoop:
         """Every arm in order; returns the run's summary and, as ``results``, the arms'."""
         tokenise(self.data, self.ledger)
         self.check()
-        _ = self.reference  # a bad one is to be found now, not after the warm-up
         parts = self.data.subset_rows()
+        # Bad ones are to be found now, not after a pass over the pool.
+        _ = self.reference
+        self._check_warmup(parts[0])
         results = [self._evaluated("base", self.folder / "base", [])]
         chosen = (arm.selection(self.selection) for arm in self.loop.arms.values())
         if any(selection.needs_base for selection in chosen):
@@ -349,8 +351,10 @@ class CleaningLoop:
         """theta_1: the base trained on every response token of D_0."""
         step = self.folder / "warmup"
         if self.loop.warmup is not None and not step.exists():
-            self._check_warmup(Path(self.loop.warmup), rows)
-            step.symlink_to(Path(self.loop.warmup).resolve())
+            # Links inside a folder of our own: what is measured here must not land there.
+            step.mkdir()
+            for part in ("cleaned", "adapter"):
+                (step / part).symlink_to((Path(self.loop.warmup) / part).resolve())
         self._clean(
             ScoredRows(self.pool, rows, None, None, round=0), SelectionConfig(rule="full"), step
         )
@@ -360,16 +364,27 @@ class CleaningLoop:
             epochs, rate = self.loop.warmup_epochs, self.loop.warmup_learning_rate
             self._train(step, [], round_number=0, epochs=epochs, learning_rate=rate)
         if self.loop.evaluate_rounds:
-            self._evaluated("warmup", step, [step / "adapter"])
+            self._evaluated("warmup", step, [step / "adapter"], is_arm=False)
 
-    def _check_warmup(self, folder: Path, rows: np.ndarray) -> None:
+    def _check_warmup(self, rows: np.ndarray) -> None:
+        """Refuse another run's warm-up before anything is computed.
+
+        Raises:
+            ValueError: if it is unused, unfinished, or was trained on anything but this D_0.
+        """
+        if self.loop.warmup is None or (self.folder / "warmup").exists():
+            return
+        if not any(a.needs_warmup(self.loop.reference) for a in self.loop.arms.values()):
+            raise ValueError("loop.warmup: no arm uses it; leave it out")
+        folder = Path(self.loop.warmup)
         counts = self.pool.response_counts()[rows]
         ids = set(self.pool.ids.take(rows[counts > 0]).to_pylist())
         if not _is_trained(folder) or not (folder / "cleaned" / MANIFEST).is_file():
             raise ValueError(
                 f"loop.warmup: {folder} is not the `warmup` folder of a run, or not finished"
             )
-        if set(trained_ids(folder / "adapter")) != ids:
+        pool = CleanedPool(folder / "cleaned", self._cache).manifest["pool"]
+        if pool != self.pool.fingerprint or set(trained_ids(folder / "adapter")) != ids:
             raise ValueError(
                 f"loop.warmup: {folder} was trained on other samples than this run's D_0; leave it "
                 "out, or set data.path, data.seed and data.subsets as they were there"
@@ -636,7 +651,7 @@ class CleaningLoop:
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
             if self.loop.evaluate_rounds:
                 pool = CleanedPool(step / "cleaned", self._cache)
-                self._evaluated(f"round_{number}", step, stack, pool)
+                self._evaluated(f"round_{number}", step, stack, pool, is_arm=False)
         return stack
 
     @property
@@ -691,7 +706,9 @@ class CleaningLoop:
             "response_tokens": sum(p.manifest["response_tokens"] for p in pools),
             "ranked_tokens": sum(p.manifest["ranked_tokens"] for p in pools),
             "kept_tokens": sum(p.manifest["kept_tokens"] for p in pools),
-            "cut": None,
+            # these differ from step to step and stand with each of them
+            **dict.fromkeys(("base", "reference", "cut", "near_cut", "noise")),
+            "rows_seen_by_reference": sum(p.manifest["rows_seen_by_reference"] for p in pools),
         }
         facts = [{k: p.manifest[k] for k in kept_facts} for p in pools]
         if arm.schedule == "cross_fitted":
@@ -733,10 +750,12 @@ class CleaningLoop:
         folder: Path,
         adapters: list[Path],
         cleaned: CleanedPool | None = None,
+        is_arm: bool = True,
     ) -> ArmResult:
-        """Measure an arm once; its result stays in the folder."""
+        """Measure an arm, or a step on its way, once; its result stays in the folder."""
         stored = folder / "result.json"
-        if stored.is_file():
+        answered = self.data.test is None or (folder / ANSWERS).is_file()
+        if stored.is_file() and answered:
             return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))
         folder.mkdir(parents=True, exist_ok=True)
         # Lightning hands weights back to the CPU after every run.
@@ -764,7 +783,7 @@ class CleaningLoop:
                 result.kept_share = kept / max(ranked, 1)
                 if self.pool.has_truth:
                     result.mask = mask_quality(cleaned)
-            if self.template.save_merged and adapters and not self.full_tuning:
+            if is_arm and self.template.save_merged and adapters and not self.full_tuning:
                 network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
                 cost.disk = directory_bytes([folder / "merged"])
         write_json(stored, result.to_json())

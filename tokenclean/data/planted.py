@@ -528,7 +528,8 @@ def _split_rows(split: Split, count: int, settings: PlantedSettings) -> list[Row
         rows.append(_conversation(name, split, f"{settings.seed}/{split}/{index}", settings))
     Random(f"{settings.seed}/{split}/order").shuffle(rows)
     for index, row in enumerate(rows):
-        row["id"] = f"{split}-{index:06d}"
+        # With the seed: another pool's sample must not pass for one that a model has seen.
+        row["id"] = f"{split}-{settings.seed}-{index:06d}"
     return rows
 
 

@@ -205,7 +205,15 @@ def _line(cell: Cell) -> str:
 def _key(column: Column, settings: Settings, fingerprint: str) -> dict[str, Any]:
     asked = {k: v for k, v in asdict(column).items() if k not in ("in_mean", "chance")}
     how = {k: v for k, v in asdict(settings).items() if k != "batch_size"}
-    return {"column": asked, "settings": how, "model": fingerprint}
+    return {"column": asked, "settings": how, "model": fingerprint, "data": _data_hash(settings)}
+
+
+def _data_hash(settings: Settings) -> str | None:
+    """Content of the planted questions, which are drawn anew at will; other data hardly change."""
+    test = settings.source.planted_test
+    if test is None:
+        return None
+    return hashlib.sha256(Path(test).read_bytes()).hexdigest()[:16]
 
 
 def cell_folder(folder: Path, column: Column) -> Path:

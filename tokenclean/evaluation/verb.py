@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -335,9 +336,15 @@ def _fingerprint(model: _Model) -> str:
     digest = hashlib.sha256(repr(model.base).encode())
     for place in (model.base.name, *model.adapters):
         for file in sorted(Path(place).glob("*.safetensors")):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(_content(file, file.stat().st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _content(file: Path, changed: int) -> bytes:
+    """Hash of a file: many models share one base."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _write(folder: Path, results: Results) -> str:

@@ -88,7 +88,7 @@ def _paired(
         if ours.keys() != theirs.keys() or not ours:
             raise ValueError(
                 f"{cell.place(arm) / ANSWERS} and {cell.place(against) / ANSWERS} do not answer "
-                f"the same questions of {source}; delete the arms' folders and run again"
+                f"the same questions of {source}; delete the run and repeat it"
             )
         pairs.append({q: 100.0 * (right - theirs[q]) for q, right in ours.items()})
     return pairs

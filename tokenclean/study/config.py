@@ -13,7 +13,7 @@ class Reference:
     Args:
         planted: settings of the planted pool that it is trained on, over the variant's own.
         shuffled: permute the responses of that pool over its samples: a reference that has learnt
-            what responses look like and nothing about any question.
+            what responses say by themselves and nothing of how they answer questions.
         options: options of `fit`.
         configs: configuration files of `fit`; null takes those of the study's that `fit` reads.
     """
@@ -115,7 +115,20 @@ class StudyConfig:
                 raise ValueError(
                     f"study.variants.{name}: it changes the planted pool, and study.planted is null"
                 )
+            if variant.warmup_of is not None:
+                other = self.variants[variant.warmup_of]
+                if variant.planted != other.planted or _of_warmup(variant) != _of_warmup(other):
+                    raise ValueError(
+                        f"study.variants.{name}.warmup_of: it differs from {variant.warmup_of} in "
+                        "more than how tokens are selected; leave warmup_of out"
+                    )
             done.append(name)
+
+
+def _of_warmup(variant: Variant) -> dict[str, Any]:
+    """The options that a warm-up may depend on."""
+    later = ("selection.", "loop.arms", "loop.score_base", "loop.evaluate_rounds", "loop.half")
+    return {k: v for k, v in variant.options.items() if not k.startswith(later)}
 
 
 def _on_planted(reference: Reference | None) -> bool:

@@ -181,6 +181,7 @@ def _write_planted(out: Path, asked: dict[str, Any], seed: int, shuffled: bool =
     stated = {**asdict(settings), "shuffled": shuffled}
     if note.is_file() and json.loads(note.read_text("utf-8")) == json.loads(json.dumps(stated)):
         return
+    note.unlink(missing_ok=True)  # it vouches for the files, which are about to change
     write_planted(out, settings)
     if shuffled:
         write_jsonl(shuffle_responses(list(pool_rows(settings)), seed), out / "pool.jsonl")
@@ -190,8 +191,8 @@ def _write_planted(out: Path, asked: dict[str, Any], seed: int, shuffled: bool =
 def shuffle_responses(rows: list[Row], seed: int) -> list[Row]:
     """Every sample's last response exchanged for another sample's, with its truth.
 
-    The placebo of a reference model: responses are as they were, questions are as they were, and
-    one says nothing about the other.
+    Responses are as they were, questions are as they were, and one says nothing about the other.
+    What a response says by itself remains: the planted ones repeat their question's key.
     """
     order = list(range(len(rows)))
     Random(f"{seed}/shuffled").shuffle(order)

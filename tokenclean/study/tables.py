@@ -241,6 +241,7 @@ def variant_tables(cells: Sequence[Cell], against: str, folder: Path) -> list[Ta
         for arm in arms
     }
     notes = [seeds_note(cells)]
+    labels = {v: _setting(v, group, cells) for v, group in variants.items()}
     tables = []
     for over in shown:
         tables.append(
@@ -248,7 +249,7 @@ def variant_tables(cells: Sequence[Cell], against: str, folder: Path) -> list[Ta
                 file_name("variants", over),
                 f"Test accuracy in percent, {over}",
                 ["setting", *arms],
-                [[v, *(means[over, v, arm] for arm in arms)] for v in variants],
+                [[labels[v], *(means[over, v, arm] for arm in arms)] for v in variants],
                 list(notes),
             )
         )
@@ -263,7 +264,7 @@ def variant_tables(cells: Sequence[Cell], against: str, folder: Path) -> list[Ta
                 f"Accuracy minus that of `{against}` with the same setting, percentage points, "
                 f"{over}",
                 ["setting", *others],
-                [[v, *(d and d.marked for d in row)] for v, row in found.items()],
+                [[labels[v], *(d and d.marked for d in row)] for v, row in found.items()],
                 ["A star marks a resolved difference.", *_notes(cells, arms)],
             )
         )
@@ -274,7 +275,7 @@ def variant_tables(cells: Sequence[Cell], against: str, folder: Path) -> list[Ta
             ["setting", *arms],
             [
                 [
-                    v,
+                    labels[v],
                     *(
                         spread(
                             (r[arm].validation_nll.get(ALL) if arm in r else None for r in runs), 3
@@ -291,6 +292,14 @@ def variant_tables(cells: Sequence[Cell], against: str, folder: Path) -> list[Ta
         tables[0].figures.append(curve)
         tables[0].notes.append("Figure: bars are the standard deviation over seeds.")
     return tables
+
+
+def _setting(variant: str, group: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    """A setting's name, with its seeds where it lacks some that others have."""
+    seeds = sorted({cell.seed for cell in group})
+    if len(seeds) == len({cell.seed for cell in cells}):
+        return variant
+    return f"{variant} (only seed {', '.join(map(str, seeds))})"
 
 
 def _curve(

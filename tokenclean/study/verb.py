@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenclean import commands
 from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult, results_markdown
 from tokenclean.costs import COSTS, SHARED, Cost, quantity, seconds_text
-from tokenclean.runs import SUMMARY, log_to, open_run, run_folder, write_summary
+from tokenclean.runs import SUMMARY, check_run, log_to, open_run, run_folder, write_summary
 from tokenclean.study.config import StudyConfig
 from tokenclean.study.driver import (
     STUDY,
@@ -56,14 +57,22 @@ def study(argv: list[str]) -> None:
     name = config.name or "-".join(files) + ("_quick" if config.quick else "") or None
     folder = run_folder(config.outputs, name, "study", plain)
     if settings.of is not None:
-        _read_other(settings, folder, plain)
+        if config.estimate:
+            print(f"Nothing to run: it reads the runs of {settings.of}.")
+        else:
+            _read_other(settings, folder, plain)
         return
+    if config.estimate:
+        # Somewhere else: the folder may hold a study of other settings.
+        with tempfile.TemporaryDirectory() as place:
+            write_data(settings, Path(place))
+            print(_estimate(plan_study(settings, Path(place)), settings))
+        return
+    check_run(folder, plain)
     cells = plan_study(settings, folder)
     write_data(settings, folder)
-    if config.estimate or not all(cell.finished for cell in cells):
+    if not all(cell.finished for cell in cells):
         print(_estimate(cells, settings), flush=True)
-    if config.estimate:
-        return
     open_run(folder, plain)
     with log_to(folder):
         _store(settings, cells, folder, {})
@@ -109,7 +118,10 @@ def results(argv: list[str]) -> None:
             stored = json.loads((folder / STUDY).read_text(encoding="utf-8"))
             cells = _cells_of(folder, stored)
             reports = config.reports or stored["reports"]
-            print(_write_results(folder, cells, reports, config.against or stored["against"]))
+            against = config.against or stored["against"]
+            # What the study itself asked for stays where it is.
+            own = (reports, against) == (stored["reports"], stored["against"])
+            print(_write_results(folder if own else folder / "more", cells, reports, against))
         elif (folder / "results.json").is_file() and (folder / "base" / "result.json").is_file():
             stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
             print(results_markdown([ArmResult.from_json(value) for value in stored]))
@@ -180,6 +192,7 @@ def _write_results(folder: Path, cells: list[Any], reports: list[str], against: 
     if not cells:
         return "no run is finished"
     plain = [Cell(c.variant, c.seed, c.folder, c.value) for c in cells]
+    folder.mkdir(exist_ok=True)
     text = report(reports, plain, against, folder)
     (folder / RESULTS).write_text(text, encoding="utf-8")
     return text
@@ -190,10 +203,12 @@ def _evaluate(settings: StudyConfig, done: list[Planned], folder: Path) -> None:
 
     for variant in settings.variants:
         runs = [cell.folder for cell in done if cell.variant == variant]
+        if len(runs) < len(settings.seeds):
+            log.warning("%s: not evaluated before all of its runs are finished", variant)
+            continue
         words = [word for run in runs for word in ("--run", str(run))]
         place = ["--outputs", str(folder / "evaluation"), "--name", variant]
-        if runs:
-            evaluate(["-c", str(settings.evaluate), *words, *place])
+        evaluate(["-c", str(settings.evaluate), *words, *place])
 
 
 def _estimate(cells: list[Planned], settings: StudyConfig) -> str:

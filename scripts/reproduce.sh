@@ -30,7 +30,7 @@ options_of() {  # what a study is called with, beside its configuration
         words+=(--quick)
         grep -q '^  of: outputs/main$' "configs/study/$1.yaml" && words+=(--study.of outputs/main_quick)
     fi
-    echo "${words[@]}"
+    echo ${words[@]+"${words[@]}"}
 }
 
 runs_models() { ! grep -q '^  of:' "configs/study/$1.yaml"; }

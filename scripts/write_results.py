@@ -77,14 +77,14 @@ def study_text(folder: Path) -> str:
     return "\n".join(lines) + "\n" + sections(text, len(variants) > 1) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--to", type=Path, help="default: RESULTS.md or outputs/RESULTS_quick.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folders = [f.parent for f in args.outputs.glob("*/study.json")]
-    folders = [f for f in folders if f.name.endswith("_quick") == args.quick]
+    folders = [f for f in folders if not f.is_symlink() and f.name.endswith("_quick") == args.quick]
     if not folders:
         raise SystemExit(f"error: {args.outputs} holds no study; run scripts/reproduce.sh")
 

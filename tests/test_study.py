@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scripts import write_results
 from tokenclean import cli
 from tokenclean.data.planted import PlantedSettings, Row
 from tokenclean.models import trained_ids
@@ -277,6 +278,20 @@ def test_a_finished_study_only_prints(
     assert json.loads((place / "other" / SUMMARY).read_text())["runs"] == 3
     assert (place / "other" / "results.md").is_file()
     assert not (place / "other" / "runs").exists()
+
+
+def test_results_of_all_studies_become_one_file(finished: tuple[Path, Path]) -> None:
+    place, _ = finished
+    write_results.main(["--outputs", str(place), "--to", str(place / "RESULTS.md")])
+    text = (place / "RESULTS.md").read_text()
+    assert "## tiny\n\n`tokenclean study -c configs/study/tiny.yaml`" in text
+    assert "3 of 3 runs; seeds 4; 24 planted samples" in text
+    assert "settings half, all, placebo" in text
+    table = (place / "tiny" / "tables" / "variants_all.csv").read_text().splitlines()
+    assert len(table) == 4
+    assert text.count("| half |") == (place / "tiny" / "results.md").read_text().count("| half |")
+    with pytest.raises(SystemExit, match="holds no study"):
+        write_results.main(["--outputs", str(place), "--quick"])
 
 
 def test_results_of_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,8 @@ def study_text(folder: Path) -> str:
             lines.append(f"* {cell['variant']}, seed {cell['seed']} failed: {cell['failed']}")
     tables = folder / "results.md"
     text = tables.read_text(encoding="utf-8") if tables.is_file() else "No table yet."
+    for benchmarks in sorted(folder.glob("evaluation/*/results.md")):
+        text += f"\n\n# Benchmarks, {benchmarks.parent.name}\n\n{benchmarks.read_text('utf-8')}"
     return "\n".join(lines) + "\n" + sections(text, len(variants) > 1) + "\n"
 
 

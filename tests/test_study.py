@@ -282,8 +282,12 @@ def test_a_finished_study_only_prints(
 
 def test_results_of_all_studies_become_one_file(finished: tuple[Path, Path]) -> None:
     place, _ = finished
+    benchmarks = place / "tiny" / "evaluation" / "half"
+    benchmarks.mkdir(parents=True)
+    (benchmarks / "results.md").write_text("| model | ARC |\n")
     write_results.main(["--outputs", str(place), "--to", str(place / "RESULTS.md")])
     text = (place / "RESULTS.md").read_text()
+    assert "#### Benchmarks, half\n\n| model | ARC |" in text
     assert "## tiny\n\n`tokenclean study -c configs/study/tiny.yaml`" in text
     assert "3 of 3 runs; seeds 4; 24 planted samples" in text
     assert "settings half, all, placebo" in text

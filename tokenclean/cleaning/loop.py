@@ -35,9 +35,9 @@ import numpy as np
 import pyarrow as pa
 from lightning import Trainer, seed_everything
 
-from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, write_json
+from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, read_manifest, write_json
 from tokenclean.cleaning.apply import ScoredRows, clean
-from tokenclean.cleaning.results import ArmResult, write_results
+from tokenclean.cleaning.results import ANSWERS, RESULT, ArmResult, write_results
 from tokenclean.costs import (
     SHARED,
     Cost,
@@ -48,6 +48,7 @@ from tokenclean.costs import (
     directory_bytes,
     tokenise,
 )
+from tokenclean.data.cleaned import KIND as CLEANED
 from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
@@ -73,7 +74,6 @@ from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
 
-ANSWERS = "answers.json"
 Schedule = Literal["warmup", "fixed_model", "cross_fitted", "self_evolving"]
 
 
@@ -383,7 +383,7 @@ class CleaningLoop:
             raise ValueError(
                 f"loop.warmup: {folder} is not the `warmup` folder of a run, or not finished"
             )
-        pool = CleanedPool(folder / "cleaned", self._cache).manifest["pool"]
+        pool = read_manifest(folder / "cleaned", CLEANED)["pool"]
         if pool != self.pool.fingerprint or set(trained_ids(folder / "adapter")) != ids:
             raise ValueError(
                 f"loop.warmup: {folder} was trained on other samples than this run's D_0; leave it "
@@ -753,7 +753,7 @@ class CleaningLoop:
         is_arm: bool = True,
     ) -> ArmResult:
         """Measure an arm, or a step on its way, once; its result stays in the folder."""
-        stored = folder / "result.json"
+        stored = folder / RESULT
         answered = self.data.test is None or (folder / ANSWERS).is_file()
         if stored.is_file() and answered:
             return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))

@@ -11,6 +11,9 @@ from typing import Any
 from tokenclean.arrow import write_json
 from tokenclean.evaluation.planted import ALL, Accuracy, MaskQuality
 
+#: What the loop leaves of a run, and of every model that it measured.
+RESULTS, RESULT, ANSWERS = "results.json", "result.json", "answers.json"
+
 
 @dataclass
 class ArmResult:
@@ -119,4 +122,4 @@ def _table(
 def write_results(folder: Path, results: list[ArmResult]) -> None:
     """``results.md`` for people, ``results.json`` for programs."""
     (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
-    write_json(folder / "results.json", [r.to_json() for r in results])
+    write_json(folder / RESULTS, [r.to_json() for r in results])

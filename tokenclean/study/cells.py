@@ -20,15 +20,10 @@ from typing import Any
 
 import yaml
 
-from tokenclean.cleaning.results import ArmResult
+from tokenclean.cleaning.results import ANSWERS, RESULT, RESULTS, ArmResult
 from tokenclean.data.planted import REGIMES
-from tokenclean.evaluation.planted import ALL
+from tokenclean.evaluation.planted import ALL, Answers
 from tokenclean.runs import CONFIG
-
-#: What the loop leaves of a run, and of a model that it evaluated.
-RESULTS, RESULT, ANSWERS = "results.json", "result.json", "answers.json"
-#: source -> id of a test question -> answered right
-Answers = dict[str, dict[str, bool]]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokenclean.evaluation.planted import ALL
-from tokenclean.study.cells import ANSWERS, Answers, Cell, Spread, accuracy, answers_of, spread
+from tokenclean.cleaning.results import ANSWERS
+from tokenclean.evaluation.planted import ALL, Answers
+from tokenclean.study.cells import Cell, Spread, accuracy, answers_of, spread
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenclean.arrow import write_json
-from tokenclean.cleaning.results import ArmResult
+from tokenclean.cleaning.results import ANSWERS, ArmResult
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, MaskQuality
 from tokenclean.study.cells import (
-    ANSWERS,
     Cell,
     Spread,
     Table,

@@ -81,7 +81,8 @@ def study(argv: list[str]) -> None:
         done = [cell for cell in cells if cell.finished]
         if settings.evaluate is not None and done:
             _evaluate(settings, done, folder)
-        print(_write_results(folder, done, settings.reports, settings.against))
+        finished = [Cell(c.variant, c.seed, c.folder, c.value) for c in done]
+        print(_write_results(folder, finished, settings.reports, settings.against))
     write_summary(
         folder,
         {
@@ -188,12 +189,11 @@ def _cells_of(folder: Path, stored: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def _write_results(folder: Path, cells: list[Any], reports: list[str], against: str) -> str:
+def _write_results(folder: Path, cells: list[Cell], reports: list[str], against: str) -> str:
     if not cells:
         return "no run is finished"
-    plain = [Cell(c.variant, c.seed, c.folder, c.value) for c in cells]
     folder.mkdir(exist_ok=True)
-    text = report(reports, plain, against, folder)
+    text = report(reports, cells, against, folder)
     (folder / RESULTS).write_text(text, encoding="utf-8")
     return text
 

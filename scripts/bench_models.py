@@ -49,7 +49,7 @@ from tokenclean.data.rows import NO_LOSS, TokenRows
 from tokenclean.estimate import ModelShape, Work, forward_flops, training_flops
 from tokenclean.machine import matmul_rate
 from tokenclean.models import LoraSettings, Network
-from tokenclean.selection.rules import SelectionConfig
+from tokenclean.selection.select import SelectionConfig
 
 UNCHECKPOINTED, PEER, MATMUL = "published without checkpointing", "TRL", "matmul"
 #: devices that the padding and balance of a global batch are computed for, as in the paper

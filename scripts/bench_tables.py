@@ -43,7 +43,8 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, Network
 from tokenclean.scoring.module import ScoringModule
 from tokenclean.scoring.table import ScoreTable, ScoreWriter
-from tokenclean.selection.rules import Selected, SelectionConfig, TokenBlock, select
+from tokenclean.selection.rule import TokenBlock
+from tokenclean.selection.select import Selected, SelectionConfig, select
 
 MODELS = ("base", "reference")
 CLEANING = SelectionConfig(keep=KEEP)
@@ -71,10 +72,11 @@ def token_blocks(scores: list[np.ndarray]) -> list[TokenBlock]:
             TokenBlock(
                 rows=np.arange(first, first + len(part)),
                 counts=np.array([len(row) for row in part]),
-                score=np.concatenate(part),
-                is_eos=None,
-                truth=None,
                 seen=np.zeros(len(part), dtype=bool),
+                columns={
+                    "base.nll": (score := np.concatenate(part)),
+                    "reference.nll": np.zeros_like(score),
+                },
             )
         )
     return blocks

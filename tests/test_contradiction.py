@@ -26,7 +26,8 @@ from tokenclean.scoring import table as table_module
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.table import Column, ScoreTable
-from tokenclean.selection.rules import SelectionConfig, TokenBlock, select
+from tokenclean.selection.rule import TokenBlock
+from tokenclean.selection.select import SelectionConfig, select
 
 # -- the rule -------------------------------------------------------------------------------------
 
@@ -49,11 +50,9 @@ def blocks(cuts: list[int], gaps: list[float] = GAPS) -> Any:
                 TokenBlock(
                     rows=np.arange(low, high),
                     counts=counts[low:high],
-                    score=None,
-                    is_eos=eos[part],
-                    truth=None,
                     seen=np.array(SEEN[low:high], dtype=bool),
-                    gap=np.array(gaps, dtype=np.float32)[part],
+                    columns={"reference.gap": np.array(gaps, dtype=np.float32)[part]},
+                    is_eos=eos[part],
                 )
             )
         return found
@@ -69,8 +68,8 @@ def blocks(cuts: list[int], gaps: list[float] = GAPS) -> Any:
         ({}, [1, 1, 0, 1, 0, 1, 0, 0], 8),
         # the keep share and the scope have no say
         ({"keep": 0.1, "scope": "sample"}, [1, 1, 0, 1, 0, 1, 0, 0], 8),
-        ({"max_gap": 0.0}, [1, 0, 0, 0, 0, 0, 0, 0], 8),
-        ({"max_gap": float("inf")}, [1, 1, 1, 1, 1, 1, 1, 1], 8),
+        ({"options": {"max_gap": 0.0}}, [1, 0, 0, 0, 0, 0, 0, 0], 8),
+        ({"options": {"max_gap": float("inf")}}, [1, 1, 1, 1, 1, 1, 1, 1], 8),
         ({"exclude_seen": True}, [1, 1, 0, 0, 0, 1, 0, 0], 6),
         ({"always_keep_eos": True}, [1, 1, 1, 1, 1, 1, 0, 1], 8),
         ({"always_keep_eos": True, "exclude_seen": True}, [1, 1, 1, 0, 0, 1, 0, 1], 6),
@@ -86,12 +85,12 @@ def test_what_it_refuses() -> None:
     config = SelectionConfig("contradiction")
     with pytest.raises(ValueError, match="contain NaN"):
         select(blocks([], [*GAPS[:-1], float("nan")]), config)
-    bare = [TokenBlock(np.arange(1), np.array([1]), None, None, None, np.array([False]))]
+    bare = [TokenBlock(np.arange(1), np.array([1]), np.array([False]))]
     with pytest.raises(ValueError, match="needs a reference score table with the column `gap`"):
         select(lambda: bare, config)
     for wrong in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"selection\.max_gap: .* is not a gap in nats"):
-            SelectionConfig("contradiction", max_gap=wrong)
+        with pytest.raises(ValueError, match=r"max_gap = .* is not a gap in nats"):
+            SelectionConfig("contradiction", options={"max_gap": wrong})
 
 
 # -- the column -----------------------------------------------------------------------------------
@@ -115,20 +114,18 @@ def test_the_gap_is_that_of_the_logits(model_folder: Path, pool_file: Path, tmp_
     """Against the whole logits of each sample alone, in float64."""
     data = data_for(model_folder, pool_file, tmp_path / "cache")
     table = score(model_folder, data, tmp_path / "scores", ["gap"])
-    assert table.gap is not None
     model = AutoModelForCausalLM.from_pretrained(model_folder).double()
     tops = 0
-    for index, row in enumerate(table.rows):
+    for row in table.rows:
         ids = torch.from_numpy(data.pool.input_ids[int(row)].astype(np.int64))
         positions = torch.from_numpy(np.flatnonzero(data.pool.response_mask[int(row)]))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, positions - 1]
         want = logits.max(-1).values - logits.gather(1, ids[positions][:, None])[:, 0]
-        assert table.gap[index].dtype == np.float32
-        assert (table.gap[index] >= 0.0).all()
-        np.testing.assert_allclose(table.gap[index], want.numpy(), rtol=0, atol=2e-5)
-        counts, values = table.gaps_of_rows(np.array([row]))
-        assert counts.tolist() == [len(positions)] and (values == table.gap[index]).all()
+        counts, values = table.of_rows(np.array([row]), "gap")
+        assert values.dtype == np.float32 and counts.tolist() == [len(positions)]
+        assert (values >= 0.0).all()
+        np.testing.assert_allclose(values, want.numpy(), rtol=0, atol=2e-5)
         tops += int((want == 0.0).sum())
     assert tops > 0  # there are tokens that the model expected
 
@@ -147,16 +144,17 @@ def test_a_table_without_the_column_is_what_it_was(
     rows = plain.rows
     assert plain.of_rows(rows)[1].tobytes() == with_gap.of_rows(rows)[1].tobytes()
     with pytest.raises(ValueError, match=r"plain has no column `gap`; score it again with --model"):
-        plain.gaps_of_rows(rows)
+        plain.of_rows(rows, "gap")
     # shards of seven rows hold what one shard holds
     monkeypatch.setattr(table_module, "ROWS_PER_SHARD", 7)
     shards = score(model_folder, data, tmp_path / "shards", ["gap"])
     assert len(list((tmp_path / "shards").glob("part-*"))) == 6
-    assert shards.gaps_of_rows(rows)[1].tobytes() == with_gap.gaps_of_rows(rows)[1].tobytes()
+    assert shards.of_rows(rows, "gap")[1].tobytes() == with_gap.of_rows(rows, "gap")[1].tobytes()
     assert shards.manifest["content"] == with_gap.manifest["content"]
     # and the cache hands out both, each to those who ask for it
-    assert score(model_folder, data, tmp_path / "again", ["gap"], cache).gap is not None
-    assert score(model_folder, data, tmp_path / "bare", None, cache).gap is None
+    again = score(model_folder, data, tmp_path / "again", ["gap"], cache)
+    assert again.columns == with_gap.columns
+    assert score(model_folder, data, tmp_path / "bare", None, cache).columns == plain.columns
     assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
@@ -167,13 +165,13 @@ def test_a_cleaned_pool_from_the_reference_alone(
     table = score(model_folder, data, tmp_path / "scores", ["gap"])
     table.manifest["trained_on"] = ["row-3"]
     scored = ScoredRows(data.pool, table.rows, None, table, round=1)
-    config = SelectionConfig("contradiction", max_gap=2.0, exclude_seen=True)
+    config = SelectionConfig("contradiction", options={"max_gap": 2.0}, exclude_seen=True)
     selected = clean(scored, config, 0, tmp_path / "cleaned")
     reasons = set()
     for index, row in enumerate(pq.read_table(tmp_path / "cleaned" / DATA).to_pylist()):
-        assert table.gap is not None
+        gaps = table.lists("gap")[index]
         at = np.flatnonzero(row["response_mask"])
-        for place, gap in zip(at, table.gap[index], strict=True):
+        for place, gap in zip(at, gaps, strict=True):
             reason = 3 if row["id"] == "row-3" else 0 if gap <= 2.0 else 4
             assert row["reason"][place] == reason
             assert (row["labels"][place] == -100) == (reason != 0)
@@ -183,7 +181,7 @@ def test_a_cleaned_pool_from_the_reference_alone(
     assert reasons == {0, 3, 4}
     manifest = json.loads((tmp_path / "cleaned" / MANIFEST).read_text())
     assert manifest["reasons"]["4"] == "contradicted by the reference"
-    assert manifest["selection"]["max_gap"] == 2.0
+    assert manifest["selection"]["options"] == {"max_gap": 2.0}
     assert manifest["kept_tokens"] == selected.kept and manifest["base"] is None
     with pytest.raises(ValueError, match="needs a reference score table"):
         clean(ScoredRows(data.pool, table.rows, table, None, 1), config, 0, tmp_path / "none")
@@ -217,8 +215,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     """All three schedules, on a model that expects enough to be contradicted."""
     folder = tmp_path_factory.mktemp("contradiction")
     data = planted_file(folder)
-    gap = ["--selection.max_gap", "2.5"]
-    return run(folder, model_folder, data, "--data.test_path", str(data), *gap, arms=ARMS)
+    arms = {name: {**arm, "options": {"max_gap": 2.5}} for name, arm in ARMS.items()}
+    return run(folder, model_folder, data, "--data.test_path", str(data), arms=arms)
 
 
 def test_halves_share_every_part() -> None:
@@ -239,9 +237,9 @@ def kept_ids(folder: Path) -> dict[str, list[bool]]:
 def agreed(*tables: ScoreTable) -> dict[str, list[bool]]:
     found = {}
     for table in tables:
-        assert table.gap is not None
+        gaps = table.lists("gap")
         for index, name in enumerate(table.values("id")):
-            found[name] = [bool(g <= 2.5) for g in table.gap[index]]
+            found[name] = [bool(g <= 2.5) for g in gaps[index]]
     return found
 
 
@@ -297,7 +295,7 @@ def test_the_papers_rule_can_be_cross_fitted(
     folder = run(tmp_path, model_folder, data, *lora, arms=arms)
     for number in (1, 2):
         table = ScoreTable(folder / "scores" / f"half_{number}")
-        assert table.gap is None
+        assert "gap" not in table.columns
         manifest = json.loads(
             (folder / "arms" / "crossed" / f"half_{number}" / "cleaned" / MANIFEST).read_text()
         )

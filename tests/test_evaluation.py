@@ -162,6 +162,7 @@ def write_cleaned(folder: Path, rows: list[dict[str, Any]]) -> CleanedPool:
             "base_nll": [[None] * len(r["truth"]) for r in rows],
             "reference_nll": [[None] * len(r["truth"]) for r in rows],
             "score": [r["score"] for r in rows],
+            "priority": [r.get("priority", [None] * len(r["truth"])) for r in rows],
             "reason": [[0] * len(r["truth"]) for r in rows],
             "weight": [[1.0] * len(r["truth"]) for r in rows],
             "round": [r["round"] for r in rows],

@@ -24,7 +24,7 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, LoraSettings, Network, load_tokenizer
 from tokenclean.scoring.module import ScoringModule, score_manifest
 from tokenclean.scoring.table import HISTOGRAM, ScoreTable, ScoreWriter
-from tokenclean.selection.rules import SelectionConfig
+from tokenclean.selection.select import SelectionConfig
 
 TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from tokenclean.arrow import MANIFEST, complete_folder, write_json
-from tokenclean.cleaning.apply import ScoredRows
+from tokenclean.arrow import MANIFEST, complete_folder, read_manifest, write_json
+from tokenclean.cleaning.apply import ScoredRows, reasons_table
 from tokenclean.cleaning.apply import clean as clean_rows
 from tokenclean.cleaning.loop import CleaningLoop, LoopConfig
 from tokenclean.cleaning.results import results_markdown
@@ -34,6 +34,7 @@ from tokenclean.costs import (
     directory_bytes,
     tokenise,
 )
+from tokenclean.data.cleaned import KIND as CLEANED
 from tokenclean.data.cleaned import check_tokenizer
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
@@ -57,10 +58,12 @@ from tokenclean.runs import (
     stop_if_interrupted,
     write_summary,
 )
+from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.table import ScoreTable
-from tokenclean.selection.rules import SelectionConfig
+from tokenclean.selection.rule import describe_need
+from tokenclean.selection.select import SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger("tokenclean")
@@ -125,6 +128,7 @@ class _Cli(LightningCLI):
         if self.verb == "clean":
             parser.add_class_arguments(SelectionConfig, "selection")
             parser.add_class_arguments(LoopConfig, "loop")
+            parser.add_class_arguments(AttributeSettings, "attributes")
 
     def before_instantiate_classes(self) -> None:
         _check_arms([str(file) for file in self.config.get("config") or []])
@@ -257,7 +261,7 @@ def score(argv: list[str]) -> None:
     with log_to(cli.folder):
         trainer = cli.trainer
         tokenise(data, ledger, arm)
-        rows = TokenRows(data.pool, data.chosen_rows())
+        rows = data.scored_rows()
         with ledger.measure(arm, "score", network=lambda: module.network) as cost:
             module.load(trainer.strategy.root_device)
             assert module.network is not None
@@ -310,13 +314,11 @@ def select(argv: list[str]) -> None:
         for name in ("base", "reference")
         if (path := config[name]) is not None
     }
-    if settings.needs_scores and len(tables) < 2:
+    needed = dict.fromkeys(n.partition(".")[0] for n in settings.needs)
+    if missing := [t for t in needed if t != "pool" and t not in tables]:
         raise ValueError(
-            f"selection.rule: {settings.rule} needs two score tables; give --base and --reference"
-        )
-    if settings.needs_reference and "reference" not in tables:
-        raise ValueError(
-            f"selection.rule: {settings.rule} needs the reference's score table; give --reference"
+            f"selection.rule: {settings.rule} needs {describe_need(f'{missing[0]}.nll')}; give "
+            f"{' and '.join(f'--{table}' for table in missing)}"
         )
     base, reference = tables.get("base"), tables.get("reference")
     if len({table.manifest["pool"] for table in tables.values()}) > 1:
@@ -341,6 +343,11 @@ def select(argv: list[str]) -> None:
     with log_to(folder):
         scored = ScoredRows(pool, rows, base, reference, round=config.round)
         selected = clean_rows(scored, settings, config.seed, folder / "cleaned")
+        by_reason = {}
+        if selected.rule.reasons:
+            manifest = read_manifest(folder / "cleaned", CLEANED)
+            by_reason = {"tokens_by_reason": manifest["tokens_by_reason"]}
+            log.info("%s", reasons_table(manifest))
         write_summary(
             folder,
             {
@@ -353,6 +360,7 @@ def select(argv: list[str]) -> None:
                 "near_cut": selected.near_cut,
                 "noise": scored.noise,
                 "rows_seen_by_reference": int(scored.seen.sum()),
+                **by_reason,
                 "cleaned_pool": str(folder / "cleaned"),
             },
         )
@@ -426,6 +434,7 @@ def _loop(argv: list[str], begun: float) -> tuple[_Cli, CleaningLoop, str]:
         cli.folder,
         int(config["seed_everything"]),
         cli.ledger(begun),
+        config["attributes"],
     )
     return cli, loop, scoring_precision
 
@@ -467,9 +476,9 @@ def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
     # of the adapters, which are not read, the paper's size is assumed
     trainer = cli.trainer
     planner = Planner(data, module.base, LoraSettings(), trainer, str(trainer.precision))
-    rows = Rows.of(TokenRows(data.pool, data.chosen_rows()))
-    depth, columns = len(module.adapters), len(module.columns)
-    cost = planner.score(cli.folder.name, rows, stack=depth, columns=columns)
+    rows = Rows.of(data.scored_rows())
+    depth = len(module.adapters)
+    cost = planner.score(cli.folder.name, rows, stack=depth, columns=module.columns)
     return planner.report([*costs, cost])
 
 

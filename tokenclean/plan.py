@@ -8,13 +8,14 @@ though what follows the last kept token is cut), and how well a device is used (
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenclean.cleaning.loop import Arm, LoopConfig, halves
+from tokenclean.cleaning.loop import LoopConfig, halves
 from tokenclean.costs import (
     SHARED,
     Cost,
@@ -44,7 +45,8 @@ from tokenclean.estimate import (
 from tokenclean.machine import free_memory, matmul_rate
 from tokenclean.models import BaseConfig, LoraSettings
 from tokenclean.models.loading import load_config
-from tokenclean.selection.rules import SelectionConfig
+from tokenclean.selection.rule import columns_needed
+from tokenclean.selection.select import SelectionConfig
 
 #: Response tokens that `select` ranks and writes per second on one core.
 SELECTED_PER_SECOND = 1e6
@@ -127,17 +129,24 @@ class Planner:
     # -- stages -------------------------------------------------------------------------------
 
     def score(
-        self, arm: str, rows: Rows, round: int | None = None, stack: int = 0, columns: int = 0
+        self,
+        arm: str,
+        rows: Rows,
+        round: int | None = None,
+        stack: int = 0,
+        columns: Sequence[str] | None = None,
     ) -> Cost:
         """A scoring pass and its table, with ``stack`` adapters over the base.
 
         Args:
             columns: what the table holds besides losses, see `Column`.
         """
-        work = Work.of(rows.lengths, rows.counts)
+        extra, work = len(columns or ()), Work.of(rows.lengths, rows.counts)
         cost = Cost(arm, "score", round)
-        cost.disk = (TABLE_BYTES + COLUMN_BYTES * columns) * work.targets
-        cost.disk += (TABLE_ROW_BYTES + COLUMN_BYTES * columns) * len(rows.lengths)
+        cost.disk = (TABLE_BYTES + COLUMN_BYTES * extra) * work.targets
+        cost.disk += (TABLE_ROW_BYTES + COLUMN_BYTES * extra) * len(rows.lengths)
+        if "alone" in (columns or ()):  # the responses once more, by themselves
+            work = work + Work.of(rows.counts, rows.counts)
         return self._passes(cost, work, replace(self.scoring, stack=stack), [rows])
 
     def evaluate(self, arm: str, stack: int = 0) -> list[Cost]:
@@ -230,8 +239,14 @@ class Planner:
         parts = self.data.subset_rows()
         costs = self.evaluate("base")
         arms = loop.arms.values()
-        if any(arm.selection(selection).needs_base for arm in arms):
-            costs.append(self.score(SHARED, rows))
+
+        def columns(table: str, *schedules: str) -> list[str] | None:
+            chosen = [a for a in arms if not schedules or a.schedule in schedules]
+            needs = [need for arm in chosen for need in arm.needs(selection)]
+            return columns_needed(needs, table)
+
+        if (of_base := columns("base")) is not None:
+            costs.append(self.score(SHARED, rows, columns=of_base))
         if any(arm.needs_warmup(loop.reference) for arm in arms):
             if loop.warmup is None:
                 costs.append(self.select(SHARED, rows[parts[0]], 0))
@@ -239,15 +254,15 @@ class Planner:
             if loop.evaluate_rounds:
                 costs += self.evaluate(SHARED, 1)
         if any(arm.needs_reference and arm.schedule == "fixed_model" for arm in arms):
-            gap = any(arm.needs_gap and arm.schedule == "fixed_model" for arm in arms)
-            costs.append(self.score(SHARED, rows, stack=1, columns=int(gap)))
+            found = columns("reference", "fixed_model")
+            costs.append(self.score(SHARED, rows, stack=1, columns=found))
         if any(arm.schedule == "cross_fitted" for arm in arms):
             first, second = (rows[half] for half in halves(parts))
             for half, rest in ((first, second), (second, first)):
                 costs.append(self.select(SHARED, rest))
                 costs.append(self.train(SHARED, rest, epochs=loop.half_epochs))
-                gap = any(arm.needs_gap and arm.schedule == "cross_fitted" for arm in arms)
-                costs.append(self.score(SHARED, half, stack=1, columns=int(gap)))
+                found = columns("reference", "cross_fitted")
+                costs.append(self.score(SHARED, half, stack=1, columns=found))
         for name, arm in loop.arms.items():
             chosen = arm.selection(selection)
             depth = 1
@@ -257,7 +272,8 @@ class Planner:
                 costs.append(self.train(name, kept))
             elif arm.schedule == "self_evolving":
                 for number, part in enumerate(parts[1:], start=1):
-                    costs += self._round(name, arm, loop, number, rows[part], depth)
+                    needs = arm.needs(selection)
+                    costs += self._round(name, needs, loop, number, rows[part], depth)
                     informative = None if truth is None else truth[part]
                     kept = _kept(rows[part], informative, chosen)
                     one = self.lora is None or loop.continue_adapter
@@ -282,12 +298,19 @@ class Planner:
         return costs
 
     def _round(
-        self, name: str, arm: Arm, loop: LoopConfig, number: int, rows: Rows, depth: int
+        self,
+        name: str,
+        needs: tuple[str, ...],
+        loop: LoopConfig,
+        number: int,
+        rows: Rows,
+        depth: int,
     ) -> list[Cost]:
-        costs = [self.select(name, rows, number, arm.needs_reference)]
-        if arm.needs_reference:
-            scored = self.score(name, rows, number, depth, columns=int(arm.needs_gap))
-            if arm.needs_scores and loop.score_base == "previous" and number > 1:
+        of_base, of_reference = (columns_needed(needs, t) for t in ("base", "reference"))
+        costs = [self.select(name, rows, number, of_reference is not None)]
+        if of_reference is not None:
+            scored = self.score(name, rows, number, depth, columns=of_reference)
+            if of_base is not None and loop.score_base == "previous" and number > 1:
                 scored.add(self.score(name, rows, number, depth - 1))
             costs.insert(0, scored)
         return costs
@@ -374,7 +397,7 @@ def _kept(rows: Rows, informative: np.ndarray | None, selection: SelectionConfig
         if informative is None:
             raise ValueError("loop.arms: oracle needs a pool with planted truth")
         counts = informative
-    elif selection.rule not in ("full", "contradiction"):  # of the latter it cannot be known
+    elif selection.make().ranked:  # of the others it cannot be known
         if selection.scope == "sample":
             counts = (counts * selection.keep).astype(np.int64)
         else:

@@ -31,7 +31,7 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.data.template import Tokeniser, fingerprint_tokenizer
 from tokenclean.scoring.table import HISTOGRAM, ScoreTable
 from tokenclean.scoring.table import KIND as SCORE_KIND
-from tokenclean.selection.rules import RuleName, SelectionConfig
+from tokenclean.selection.select import SelectionConfig
 
 CONTRACT = {
     "id": "string",
@@ -42,6 +42,7 @@ CONTRACT = {
     "base_nll": "list<element: float>",
     "reference_nll": "list<element: float>",
     "score": "list<element: double>",
+    "priority": "list<element: double>",
     "reason": "list<element: int8>",
     "weight": "list<element: float>",
     "round": "int32",
@@ -198,8 +199,10 @@ def test_scores_reasons_and_nulls_by_hand(
         "1": "prompt",
         "2": "below the cut",
         "3": "row seen by the reference",
-        "4": "contradicted by the reference",
     }
+    # codes: three kept, three below the cut, row 5 seen
+    assert manifest["tokens_by_reason"] == {"s1": {"0": 3, "2": 3, "3": 6}}
+    assert second["priority"] == [None] * len(second["input_ids"])  # it is the score
     rows = TokenRows(CleanedPool(tmp_path / "out", tmp_path / "cache"))
     assert rows.counts.tolist() == [0, 3, 0]
     assert rows.lengths.tolist() == [0, prompt + 3, 0]
@@ -319,7 +322,7 @@ def test_a_histogram_is_used_only_for_the_tables_and_rows_it_was_made_for(
 
 
 @pytest.mark.parametrize("rule", ["full", "random", "oracle"])
-def test_rules_without_scores_leave_nulls(rule: RuleName, pool: TokenPool, tmp_path: Path) -> None:
+def test_rules_without_scores_leave_nulls(rule: str, pool: TokenPool, tmp_path: Path) -> None:
     clean(unscored(pool), SelectionConfig(rule, keep=0.5), 0, tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / DATA)
     for name in ("base_nll", "reference_nll", "score"):

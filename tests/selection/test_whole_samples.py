@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenclean.selection.rules import SelectionConfig, TokenBlock, select
+from tokenclean.selection.rule import TokenBlock
+from tokenclean.selection.select import SelectionConfig, select
 
 #: response tokens' scores of six samples; means 2, -, 1, 2, -3, 0.5
 ROWS = [[1.0, 3.0], [], [1.0, 1.0, 1.0], [2.0], [-3.0, -3.0], [0.0, 1.0]]
@@ -22,10 +23,11 @@ def blocks_of(cuts: list[int], seen: int | None = None) -> Callable[[], Iterable
             yield TokenBlock(
                 rows=np.arange(start, stop),
                 counts=np.array([len(row) for row in part], dtype=np.int64),
-                score=np.array([value for row in part for value in row], dtype=np.float64),
-                is_eos=None,
-                truth=None,
                 seen=np.arange(start, stop) == seen,
+                columns={
+                    "base.nll": np.array([value for row in part for value in row]),
+                    "reference.nll": np.zeros(sum(map(len, part))),
+                },
             )
 
     return blocks
@@ -96,8 +98,7 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
 
 def test_nan_is_refused() -> None:
     (block,) = blocks_of([])()
-    assert block.score is not None
-    block.score[4] = np.nan
+    block["base.nll"][4] = np.nan
     config = SelectionConfig(rule="perplexity", scope="whole_sample")
     with pytest.raises(ValueError, match="NaN"):
         select(lambda: [block], config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,18 +18,17 @@ from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.scoring.table import ScoreTable, scores
-from tokenclean.selection.rules import (
+from tokenclean.selection.rule import (
     BELOW_CUT,
-    CONTRADICTED,
     KEPT,
     PROMPT,
     REASONS,
     SEEN,
-    Selected,
-    SelectionConfig,
     TokenBlock,
-    select,
+    columns_needed,
+    describe_need,
 )
+from tokenclean.selection.select import Selected, SelectionConfig, select
 from tokenclean.selection.topk import Histogram
 
 
@@ -40,8 +39,9 @@ class ScoredRows:
     Args:
         pool: the token pool.
         rows: which of its rows, ascending.
-        base: losses under the base model; None for rules that need no scores.
-        reference: losses under the reference model; with gaps for rules that need them.
+        base: losses under the base model, with the other columns that the rule needs; None for
+            rules that need no such table.
+        reference: the same under the reference model.
         round: number of the round, stored with every row.
     """
 
@@ -119,24 +119,43 @@ class ScoredRows:
         takes a few nanoseconds per token and no memory.
         """
         for part in self.parts():
-            is_eos = truth = score = gap = None
-            if config.needs_scores and self.base is not None and self.reference is not None:
-                score = scores(self.nll(self.base, part), self.nll(self.reference, part))
-            elif config.rule == "perplexity" and self.base is not None:
-                score = -self.nll(self.base, part).astype(np.float64)
-            elif config.rule in ("length", "quality"):
-                counts = self.counts[part]
-                of_rows = counts if config.rule == "length" else self.quality[part]
-                score = np.repeat(of_rows.astype(np.float64), counts)
-            if config.needs_gap and self.reference is not None:
-                gap = self._checked(self.reference, self.reference.gaps_of_rows, part)
-            if config.always_keep_eos:
-                is_eos = self._at_responses(self.pool.input_ids, part) == self.pool.eos_id
-            if config.needs_truth and self.pool.truth is not None:
-                truth = self._at_responses(self.pool.truth, part)
-            yield TokenBlock(
-                self.rows[part], self.counts[part], score, is_eos, truth, self.seen[part], gap
-            )
+            yield self.block(part, config)
+
+    def block(self, part: slice, config: SelectionConfig) -> TokenBlock:
+        """One of `blocks`."""
+        columns = {name: self._column(name, part) for name in config.needs if self._has(name)}
+        is_eos = None
+        if config.always_keep_eos:
+            is_eos = self._at_responses(self.pool.input_ids, part) == self.pool.eos_id
+        return TokenBlock(self.rows[part], self.counts[part], self.seen[part], columns, is_eos)
+
+    def _has(self, name: str) -> bool:
+        table, _, column = name.partition(".")
+        if table == "pool":
+            return column != "truth" or self.pool.truth is not None
+        return self._table(table) is not None
+
+    def _table(self, name: str) -> ScoreTable | None:
+        if name not in ("base", "reference"):
+            raise ValueError(f"there is no table {name!r}; a rule reads base, reference and pool")
+        return self.base if name == "base" else self.reference
+
+    def _column(self, name: str, part: slice) -> np.ndarray:
+        """A column that a rule needs, of the response tokens of a block of rows."""
+        where, _, column = name.partition(".")
+        table = None if where == "pool" else self._table(where)
+        if table is not None:
+            return self._checked(table, column, part)
+        if name == "pool.truth":
+            assert self.pool.truth is not None
+            return self._at_responses(self.pool.truth, part)
+        if name == "pool.quality":
+            return np.repeat(self.quality[part].astype(np.float64), self.counts[part])
+        if name == "pool.position":
+            lengths, mask = self.pool.response_mask.take(self.rows[part])
+            at = np.flatnonzero(mask)
+            return at - np.repeat(np.cumsum(lengths) - lengths, self.counts[part])
+        raise ValueError(f"a rule asks for {name!r}, which no table of this project holds")
 
     def _at_responses(self, column: ListColumn, part: slice) -> np.ndarray:
         rows = self.rows[part]
@@ -148,16 +167,11 @@ class ScoredRows:
         Raises:
             ValueError: if the table lacks a row, or has not one loss for each response token.
         """
-        return self._checked(table, table.of_rows, part)
+        return self._checked(table, "nll", part)
 
-    def _checked(
-        self,
-        table: ScoreTable,
-        read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-        part: slice,
-    ) -> np.ndarray:
+    def _checked(self, table: ScoreTable, column: str, part: slice) -> np.ndarray:
         rows, counts = self.rows[part], self.counts[part]
-        found, values = read(rows)
+        found, values = table.of_rows(rows, column)
         wrong = np.flatnonzero(found != counts)
         if len(wrong):
             raise ValueError(
@@ -165,6 +179,31 @@ class ScoredRows:
                 f"{found[wrong[0]]} scores for {counts[wrong[0]]} response tokens"
             )
         return values
+
+    def check(self, config: SelectionConfig) -> None:
+        """Refuse a rule that needs what is not there, before anything is read.
+
+        Raises:
+            ValueError: naming the option and what to do.
+        """
+        needs = config.needs
+        for name in ("base", "reference"):
+            columns, table = columns_needed(needs, name), self._table(name)
+            if columns is None:
+                continue
+            if table is None:
+                both = " and ".join(
+                    f"--{n}" for n in ("base", "reference") if columns_needed(needs, n) is not None
+                )
+                raise ValueError(
+                    f"rule: {config.rule} needs {describe_need(f'{name}.nll')}; give {both}"
+                )
+            for column in columns:
+                table.check_column(column)
+        if "pool.truth" in needs and not self.pool.has_truth:
+            raise ValueError(f"rule: {config.rule} needs {describe_need('pool.truth')}")
+        if "pool.quality" in needs:
+            _ = self.quality
 
 
 def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) -> Selected:
@@ -177,18 +216,9 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         folder: where the cleaned pool goes.
 
     Raises:
-        ValueError: if the rule lacks scores, gaps or truth.
+        ValueError: if the rule needs a table, a column or a truth that is not there.
     """
-    if config.needs_scores and (scored.base is None or scored.reference is None):
-        raise ValueError(
-            f"rule: {config.rule} needs a base and a reference score table (--base and --reference)"
-        )
-    if config.needs_base and scored.base is None:
-        raise ValueError(f"rule: {config.rule} needs a base score table (--base)")
-    if config.needs_gap and scored.reference is None:
-        raise ValueError(f"rule: {config.rule} needs a reference score table (--reference)")
-    if config.needs_truth and not scored.pool.has_truth:
-        raise ValueError(f"rule: {config.rule} needs a pool with planted truth; this one has none")
+    scored.check(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     selected = select(
         lambda: scored.blocks(config),
@@ -199,12 +229,15 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         out=_mask_file(folder.parent, int(scored.counts.sum())),
     )
     schema = cleaned_schema(scored.pool.has_truth)
+    #: source -> reason code -> tokens; filled in while the rows are written
+    reasons: dict[str, dict[str, int]] = {}
     write_cleaned_pool(
         folder,
-        _cleaned_batches(scored, selected.keep, config, schema),
+        _cleaned_batches(scored, selected, config, seed, schema, reasons),
         schema,
         {
             **cleaned_manifest(scored, config, seed),
+            "tokens_by_reason": reasons,
             "response_tokens": len(selected.keep),
             "ranked_tokens": selected.ranked,
             "kept_tokens": selected.kept,
@@ -230,7 +263,7 @@ def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> 
         "selection": dataclasses.asdict(config),
         "seed": seed,
         "rows_seen_by_reference": int(scored.seen.sum()),
-        "reasons": {str(code): text for code, text in REASONS.items()},
+        "reasons": {str(code): text for code, text in (REASONS | config.make().reasons).items()},
     }
 
 
@@ -244,24 +277,41 @@ def _mask_file(folder: Path, size: int) -> np.ndarray:
 
 
 def _cleaned_batches(
-    scored: ScoredRows, keep: np.ndarray, config: SelectionConfig, schema: pa.Schema
+    scored: ScoredRows,
+    selected: Selected,
+    config: SelectionConfig,
+    seed: int,
+    schema: pa.Schema,
+    tally: dict[str, dict[str, int]],
 ) -> Iterator[pa.RecordBatch]:
-    """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block."""
-    pool, stop = scored.pool, 0
-    dropped = CONTRADICTED if config.needs_gap else BELOW_CUT
+    """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block.
+
+    Args:
+        tally: gets the number of response tokens by source and reason.
+    """
+    pool, rule, stop = scored.pool, selected.rule, 0
+    rule.restart(seed, whole_samples=config.scope == "whole_sample")
     for part in scored.parts():
         rows, counts = scored.rows[part], scored.counts[part]
         lengths, input_ids = pool.input_ids.take(rows)
         response = pool.response_mask.take(rows)[1]
         answers = np.flatnonzero(response)
-        kept = answers[keep[stop : (stop := stop + len(answers))]]
+        keep = selected.keep[stop : (stop := stop + len(answers))]
+        block = scored.block(part, config)
+        seen = np.repeat(config.exclude_seen & scored.seen[part], counts)
 
-        labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
-        labels[kept] = input_ids[kept]
+        why = np.full(len(answers), BELOW_CUT, dtype=np.int8) if rule.ranked else rule.decide(block)
+        why = np.where(keep, KEPT, np.where(seen, SEEN, why)).astype(np.int8)
         reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
-        left_out = np.where(config.exclude_seen & scored.seen[part], SEEN, dropped)
-        reason[answers] = np.repeat(left_out, counts)
-        reason[kept] = KEPT
+        reason[answers] = why
+        weights = np.where(seen, np.float32(0.0), rule.weights(block, keep))
+        labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
+        with_loss = answers[weights != 0.0]
+        labels[with_loss] = input_ids[with_loss]
+        weight = np.ones(len(input_ids), dtype=np.float32)
+        weight[with_loss] = weights[weights != 0.0]
+        sources = pool.sources.take(rows)
+        _count(tally, sources.to_numpy(zero_copy_only=False), counts, why)
 
         def known(
             values: np.ndarray | None,
@@ -280,6 +330,7 @@ def _cleaned_batches(
             for table in (scored.base, scored.reference)
         )
         score = None if base is None or reference is None else scores(base, reference)
+        priority = None if rule.by_score else rule.priority(block)
         columns = {
             "input_ids": input_ids,
             "labels": labels,
@@ -287,17 +338,60 @@ def _cleaned_batches(
             "base_nll": known(base, pa.float32()),
             "reference_nll": known(reference, pa.float32()),
             "score": known(score, pa.float64()),
+            "priority": known(priority, pa.float64()),
             "reason": reason,
-            "weight": np.ones(len(input_ids), dtype=np.float32),
+            "weight": weight,
         }
         if pool.truth is not None:
             columns["truth"] = pool.truth.take(rows)[1]
         yield pa.record_batch(
             {
                 "id": pool.ids.take(rows),
-                "source": pool.sources.take(rows),
+                "source": sources,
                 "round": np.full(len(rows), scored.round, dtype=np.int32),
                 **{name: lists_of(lengths, values) for name, values in columns.items()},
             },
             schema=schema,
         )
+
+
+def _count(
+    tally: dict[str, dict[str, int]], sources: np.ndarray, sizes: np.ndarray, reasons: np.ndarray
+) -> None:
+    """Add the tokens of a block, from its rows' sources, to the counts by source and reason."""
+    names, of_row = np.unique(sources, return_inverse=True)
+    at = np.repeat(of_row, sizes)
+    for number, name in enumerate(names):
+        counts = np.bincount(reasons[at == number])
+        own = tally.setdefault(str(name), {})
+        for code in np.flatnonzero(counts):
+            own[str(code)] = own.get(str(code), 0) + int(counts[code])
+
+
+def add_up(tallies: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """The sum of several ``tokens_by_reason``."""
+    total: dict[str, dict[str, int]] = {}
+    for tally in tallies:
+        for source, counts in tally.items():
+            own = total.setdefault(source, {})
+            for code, count in counts.items():
+                own[code] = own.get(code, 0) + count
+    return total
+
+
+def reasons_table(manifest: dict[str, Any]) -> str:
+    """Response tokens by source and reason, in Markdown; combinations of reasons stand apart.
+
+    Args:
+        manifest: of a cleaned pool.
+    """
+    tally = manifest["tokens_by_reason"]
+    codes = sorted({int(code) for counts in tally.values() for code in counts})
+    lines = [
+        "| source | " + " | ".join(manifest["reasons"][str(code)] for code in codes) + " |",
+        "|---|" + "---:|" * len(codes),
+    ]
+    for source, counts in sorted(tally.items()):
+        cells = (f"{counts.get(str(code), 0):,}" for code in codes)
+        lines.append(f"| {source} | {' | '.join(cells)} |")
+    return "\n".join(lines)

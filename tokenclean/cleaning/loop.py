@@ -29,14 +29,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 from lightning import Trainer, seed_everything
 
 from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, read_manifest, write_json
-from tokenclean.cleaning.apply import ScoredRows, clean
+from tokenclean.cleaning.apply import ScoredRows, add_up, clean, reasons_table
 from tokenclean.cleaning.results import ANSWERS, RESULT, ArmResult, write_results
 from tokenclean.costs import (
     SHARED,
@@ -65,11 +65,14 @@ from tokenclean.models import (
     trained_ids,
 )
 from tokenclean.models.loading import load_config
+from tokenclean.named import Value
 from tokenclean.runs import stop_if_interrupted
+from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
-from tokenclean.scoring.table import ScoreTable
-from tokenclean.selection.rules import RuleName, Scope, SelectionConfig
+from tokenclean.scoring.table import Column, ScoreTable
+from tokenclean.selection.rule import columns_needed
+from tokenclean.selection.select import Scope, SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
@@ -91,12 +94,15 @@ class Arm:
         scope: see `SelectionConfig`.
         keep: share of response tokens kept; null takes the run's ``selection.keep``, which an
             arm's own keep overrides.
+        options: of the rule; null takes the run's ``selection.options`` if the run's rule is the
+            same, else the rule's defaults.
     """
 
     schedule: Schedule
-    rule: RuleName = "token_cleaning"
+    rule: str = "token_cleaning"
     scope: Scope = "global"
     keep: float | None = None
+    options: dict[str, Value] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -112,7 +118,10 @@ class Arm:
     def selection(self, run: SelectionConfig) -> SelectionConfig:
         """The run's selection settings with this arm's own put in."""
         keep = run.keep if self.keep is None else self.keep
-        return replace(run, rule=self.rule, scope=self.scope, keep=keep)
+        options = self.options
+        if options is None:
+            options = run.options if run.rule == self.rule else {}
+        return replace(run, rule=self.rule, options=options, scope=self.scope, keep=keep)
 
     def describe(self, run: SelectionConfig) -> str:
         """One line for the log, with what applies to this arm and nothing else."""
@@ -120,25 +129,21 @@ class Arm:
             return "every response token of D_0"
         selection = self.selection(run)
         text = f"schedule {self.schedule}, rule {self.rule}"
-        if self.rule in ("full", "oracle"):
+        if selection.options:
+            text += f" ({', '.join(f'{k} {v}' for k, v in selection.options.items())})"
+        if not selection.make().ranked:
             return text
-        if self.rule == "contradiction":
-            return f"{text}, max_gap {selection.max_gap}"
         own = "" if self.keep is None else " (the arm's own)"
         return f"{text}, scope {self.scope}, keep {selection.keep}{own}"
 
-    @property
-    def needs_scores(self) -> bool:
-        """Losses under base and reference."""
-        return self.schedule != "warmup" and self.selection(SelectionConfig()).needs_scores
-
-    @property
-    def needs_gap(self) -> bool:
-        return self.schedule != "warmup" and self.selection(SelectionConfig()).needs_gap
+    def needs(self, run: SelectionConfig) -> tuple[str, ...]:
+        """Columns that the arm reads, ``table.column``; see `TokenBlock`."""
+        return () if self.schedule == "warmup" else self.selection(run).needs
 
     @property
     def needs_reference(self) -> bool:
-        return self.needs_scores or self.needs_gap
+        """Whether it asks for losses under a reference, which no option changes."""
+        return columns_needed(self.needs(SelectionConfig()), "reference") is not None
 
     def needs_warmup(self, reference: str | None) -> bool:
         """Whether the warm-up model must be trained.
@@ -213,6 +218,7 @@ class CleaningLoop:
         folder: the run folder.
         seed: of adapters, dropout and the random rule.
         ledger: where its costs go.
+        attributes: what some columns of score tables rest on.
     """
 
     def __init__(
@@ -225,10 +231,12 @@ class CleaningLoop:
         folder: Path,
         seed: int,
         ledger: Ledger,
+        attributes: AttributeSettings | None = None,
     ):
         self.make_module, self.make_trainer = make_module, make_trainer
         self.data, self.selection, self.loop = data, selection, loop
         self.folder, self.seed, self.ledger = folder, seed, ledger
+        self.attributes = attributes or AttributeSettings()
         self.template = make_module()
         if self.template.adapters:
             raise ValueError("model.adapters: `clean` starts from the bare base; leave them out")
@@ -258,8 +266,7 @@ class CleaningLoop:
         _ = self.reference
         self._check_warmup(parts[0])
         results = [self._evaluated("base", self.folder / "base", [])]
-        chosen = (arm.selection(self.selection) for arm in self.loop.arms.values())
-        if any(selection.needs_base for selection in chosen):
+        if self._columns("base") is not None:
             self._base_scores()
         if any(a.needs_warmup(self.loop.reference) for a in self.loop.arms.values()):
             self._warm_up(parts[0])
@@ -281,16 +288,16 @@ class CleaningLoop:
         Raises:
             ValueError: naming the option.
         """
-        needs_truth = [
-            n for n, a in self.loop.arms.items() if a.selection(self.selection).needs_truth
-        ]
-        if self.data.order == "shuffle" and any(
-            arm.rule == "quality" for arm in self.loop.arms.values()
-        ):
+        needs = {n: a.needs(self.selection) for n, a in self.loop.arms.items()}
+        rated = [n for n, found in needs.items() if "pool.quality" in found]
+        if rated and self.data.order == "shuffle":
             raise ValueError(
-                "loop.arms: the rule quality needs a rating of every sample; name its column with "
-                "data.order"
+                f"loop.arms: {', '.join(rated)} needs a rating of every sample; name its column "
+                "with data.order"
             )
+        needs_truth = [n for n, found in needs.items() if "pool.truth" in found]
+        for column in self._columns("base") or []:
+            self.attributes.check(column)
         if needs_truth and not self.pool.has_truth:
             raise ValueError(
                 f"loop.arms: {', '.join(needs_truth)} keeps tokens by planted truth, which this "
@@ -345,7 +352,14 @@ class CleaningLoop:
     def _base_scores(self) -> ScoreTable:
         rows = np.arange(len(self.pool))
         folder = self.folder / "scores" / "base"
-        return self._score(folder, rows, lambda: self._at_base(), [], shared=True)
+        columns = self._columns("base")
+        return self._score(folder, rows, lambda: self._at_base(), [], columns=columns, shared=True)
+
+    def _columns(self, table: str, schedule: Schedule | None = None) -> list[str] | None:
+        """What the arms (of a schedule) need of a table besides losses; None: not the table."""
+        arms = [a for a in self.loop.arms.values() if schedule in (None, a.schedule)]
+        needs = [need for arm in arms for need in arm.needs(self.selection)]
+        return columns_needed(needs, table)
 
     def _warm_up(self, rows: np.ndarray) -> None:
         """theta_1: the base trained on every response token of D_0."""
@@ -393,9 +407,8 @@ class CleaningLoop:
     def _reference_scores(self) -> ScoreTable:
         """The whole pool under the reference of every fixed-model arm."""
         rows = np.arange(len(self.pool))
-        arms = [a for a in self.loop.arms.values() if a.schedule == "fixed_model"]
-        base = self._base_scores() if any(a.needs_scores for a in arms) else None
-        gap = any(a.needs_gap for a in arms)
+        columns = self._columns("reference", "fixed_model")
+        base = self._against("fixed_model")
         if self.reference is None:
             adapter = self.folder / "warmup" / "adapter"
             folder = self.folder / "scores" / "warmup"
@@ -405,13 +418,13 @@ class CleaningLoop:
                 lambda: self._at([adapter]),
                 [adapter],
                 against=base,
-                gap=gap,
+                columns=columns,
                 shared=True,
             )
         folder, (config, adapters) = self.folder / "scores" / "reference", self.reference
         if config is self.template.base and not self.full_tuning:
             return self._score(
-                folder, rows, lambda: self._at(adapters), adapters, against=base, gap=gap
+                folder, rows, lambda: self._at(adapters), adapters, against=base, columns=columns
             )
         # Another model: beside the base in memory while it scores.
         ours = self._network
@@ -422,12 +435,24 @@ class CleaningLoop:
                     self._network.load_adapter(adapter)
                 self.data.layout = self._network.layout
             return self._score(
-                folder, rows, lambda: self.network, adapters, against=base, gap=gap, base=config
+                folder,
+                rows,
+                lambda: self.network,
+                adapters,
+                against=base,
+                columns=columns,
+                base=config,
             )
         finally:
             self._network = ours
             if ours is not None:
                 self.data.layout = ours.layout
+
+    def _against(self, schedule: Schedule) -> ScoreTable | None:
+        """The base's table, where an arm of the schedule compares a reference with it."""
+        needs = [a.needs(self.selection) for a in self.loop.arms.values() if a.schedule == schedule]
+        both = any({"base.nll", "reference.nll"} <= set(found) for found in needs)
+        return self._base_scores() if both else None
 
     @cached_property
     def reference(self) -> tuple[BaseConfig, list[Path]] | None:
@@ -460,7 +485,7 @@ class CleaningLoop:
         adapters: list[Path],
         depth: int | None = None,
         against: ScoreTable | None = None,
-        gap: bool = False,
+        columns: list[str] | None = None,
         shared: bool = False,
         base: BaseConfig | None = None,
     ) -> ScoreTable:
@@ -473,7 +498,7 @@ class CleaningLoop:
             adapters: what is stacked on the base in it.
             depth: how many of the stack count; all by default.
             against: the base's table, for a reference.
-            gap: whether it needs the column of that name.
+            columns: what it holds besides losses, see `Column`.
             shared: whether other runs may need the same table.
             base: the model below the adapters, if it is not the run's own base.
         """
@@ -482,7 +507,11 @@ class CleaningLoop:
             depth = network.depth if depth is None else depth
             with self._measured("score", folder) as cost, network.at_depth(depth):
                 token_rows = TokenRows(self.pool, rows)
-                module = ScoringModule(base or self.template.base, columns=["gap"] if gap else None)
+                module = ScoringModule(
+                    base or self.template.base,
+                    columns=cast(list[Column], columns),
+                    attributes=self.attributes,
+                )
                 # After full fine-tuning these are whole models.
                 module.adapters = [str(a) for a in adapters]
                 module.network = network
@@ -571,8 +600,8 @@ class CleaningLoop:
 
     def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
         """Select once over the whole pool and train theta_0 on it."""
-        base = self._base_scores() if selection.needs_base else None
-        reference = self._reference_scores() if arm.needs_reference else None
+        base = self._base_scores() if self._asks(selection, "base") else None
+        reference = self._reference_scores() if self._asks(selection, "reference") else None
         scored = ScoredRows(self.pool, np.arange(len(self.pool)), base, reference, round=1)
         self._clean(scored, selection, folder)
         if not _is_trained(folder):
@@ -584,7 +613,7 @@ class CleaningLoop:
         self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
     ) -> Path:
         """`_fixed` with a reference per half of the pool, trained on the other half."""
-        base = self._base_scores() if arm.needs_scores else None
+        base = self._base_scores() if self._asks(selection, "base") else None
         split = halves(parts)
         steps = [folder / "half_1", folder / "half_2"]
         for number, (step, rows) in enumerate(zip(steps, split, strict=True), start=1):
@@ -609,15 +638,18 @@ class CleaningLoop:
             log.info("reference of half %d: %d other samples", number, len(other))
             self._at_base()
             self._train(step, [], round_number=0, epochs=self.loop.half_epochs)
-        arms = [a for a in self.loop.arms.values() if a.schedule == "cross_fitted"]
         return self._score(
             self.folder / "scores" / f"half_{number}",
             rows,
             lambda: self._at([step / "adapter"]),
             [step / "adapter"],
-            against=self._base_scores() if any(a.needs_scores for a in arms) else None,
-            gap=any(a.needs_gap for a in arms),
+            against=self._against("cross_fitted"),
+            columns=self._columns("reference", "cross_fitted"),
         )
+
+    @staticmethod
+    def _asks(selection: SelectionConfig, table: str) -> bool:
+        return columns_needed(selection.needs, table) is not None
 
     def _rounds(
         self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
@@ -631,16 +663,16 @@ class CleaningLoop:
                 self._at(stack)
                 in_memory = True
             base = reference = None
-            if selection.needs_base:
+            if self._asks(selection, "base"):
                 base = self._round_base(step, rows, stack)
-            if arm.needs_reference:
+            if self._asks(selection, "reference"):
                 reference = self._score(
                     step / "scores",
                     rows,
                     lambda: self.network,
                     stack,
                     against=base,
-                    gap=arm.needs_gap,
+                    columns=columns_needed(selection.needs, "reference"),
                 )
             scored = ScoredRows(self.pool, rows, base, reference, round=number)
             if scored.seen.any():
@@ -664,7 +696,12 @@ class CleaningLoop:
             return self._base_scores()
         before = stack[:-1]
         return self._score(
-            step / "scores_base", rows, lambda: self.network, before, depth=len(before)
+            step / "scores_base",
+            rows,
+            lambda: self.network,
+            before,
+            depth=len(before),
+            columns=self._columns("base", "self_evolving"),
         )
 
     def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
@@ -677,6 +714,8 @@ class CleaningLoop:
             self._known.add(step / "cleaned")
             cost.samples, cost.targets = len(scored.rows), len(selected.keep)
             cost.disk = directory_bytes([step / "cleaned"])
+        if selected.rule.reasons:
+            log.info("%s", reasons_table(read_manifest(step / "cleaned", CLEANED)))
         log.info(
             "%s: kept %d of %d response tokens%s%s%s",
             step,
@@ -708,6 +747,8 @@ class CleaningLoop:
             "kept_tokens": sum(p.manifest["kept_tokens"] for p in pools),
             # these differ from step to step and stand with each of them
             **dict.fromkeys(("base", "reference", "cut", "near_cut", "noise")),
+            "reasons": {k: v for p in pools for k, v in p.manifest["reasons"].items()},
+            "tokens_by_reason": add_up([p.manifest["tokens_by_reason"] for p in pools]),
             "rows_seen_by_reference": sum(p.manifest["rows_seen_by_reference"] for p in pools),
         }
         facts = [{k: p.manifest[k] for k in kept_facts} for p in pools]

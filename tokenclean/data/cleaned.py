@@ -10,9 +10,10 @@ labels         list<int32>    the token's id where it carries loss, else -100 (n
 response_mask  list<bool>
 base_nll       list<float32>  nats; null where there is none, as is ``reference_nll``
 score          list<double>   base nll - reference nll, in float64
-reason         list<int8>     0 kept, 1 prompt, 2 below the cut, 3 row seen by the reference,
-                              4 contradicted by the reference
-weight         list<float32>  loss weight, 1 by default
+priority       list<double>   what the rule went by, where that is not the score; else null
+reason         list<int8>     0 kept, 1 prompt, 2 below the cut, 3 row seen by the reference; 4 and
+                              up are the rule's own; the manifest's ``reasons`` names them
+weight         list<float32>  loss weight, 1 by default; negative: to be unlearnt, see `forgetting`
 round          int32          round that cleaned the row; 0 = warm-up
 truth          list<int8>     planted pools only: 1 informative, 0 uninformative, -1 corrupted
 =============  =============  ==================================================================
@@ -53,6 +54,7 @@ def cleaned_schema(with_truth: bool) -> pa.Schema:
         ("base_nll", pa.list_(pa.float32())),
         ("reference_nll", pa.list_(pa.float32())),
         ("score", pa.list_(pa.float64())),
+        ("priority", pa.list_(pa.float64())),
         ("reason", pa.list_(pa.int8())),
         ("weight", pa.list_(pa.float32())),
         ("round", pa.int32()),
@@ -72,7 +74,7 @@ def write_cleaned_pool(
         repeating = [
             f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
             for field in schema
-            if field.name not in ("base_nll", "reference_nll", "score")
+            if field.name not in ("base_nll", "reference_nll", "score", "priority")
         ]
         with pq.ParquetWriter(partial / DATA, schema, use_dictionary=repeating) as writer:
             for batch in batches:

@@ -96,12 +96,15 @@ def mean_nll(network: Network, pool: TokenPool, batches: Iterable[Batch]) -> dic
 
 @dataclass
 class MaskQuality:
-    """How well scores and mask agree with the truth, over one source's response tokens.
+    """How well a rule's ranking and its mask agree with the truth, over one source's tokens.
+
+    What a rule goes by is its priority, for most rules the score.
 
     Attributes:
         tokens, kept, informative, corrupted: counts of response tokens.
-        auroc: of the score, informative against all others; NaN without scores or with one class.
-        auroc_corrupted: of the score, informative against corrupted tokens alone.
+        auroc: of the priority, informative against all others; NaN for rules that have none, or
+            with one class.
+        auroc_corrupted: of the priority, informative against corrupted tokens alone.
         precision: informative share of the kept tokens.
         recall: kept share of the informative tokens.
         corrupted_kept: kept share of the corrupted tokens.
@@ -120,17 +123,22 @@ class MaskQuality:
 
 def mask_quality(cleaned: ArrowTable) -> dict[str, MaskQuality]:
     """Compare a cleaned pool with its planted truth, per source; rows of round 0 are left out."""
-    columns = {name: cleaned.lists(name) for name in ("truth", "labels", "score", "response_mask")}
+    names = ("truth", "labels", "weight", "score", "priority", "response_mask")
+    columns = {name: cleaned.lists(name) for name in names}
     by_source: dict[str, list[dict[str, np.ndarray]]] = {}
     rounds, sources = cleaned.values("round"), cleaned.values("source")
     for row, source in enumerate(sources):
         if rounds[row] == 0:
             continue
         at = columns["response_mask"][row]
+        found = {name: column[row][at] for name, column in columns.items()}
+        priority = np.asarray(found["priority"], dtype=np.float64)
+        if np.isnan(priority).all():
+            priority = np.asarray(found["score"], dtype=np.float64)
         entry = {
-            "truth": columns["truth"][row][at],
-            "kept": columns["labels"][row][at] != NO_LOSS,
-            "score": np.asarray(columns["score"][row][at], dtype=np.float64),
+            "truth": found["truth"],
+            "kept": (found["labels"] != NO_LOSS) & (found["weight"] > 0),
+            "priority": priority,
         }
         for key in (source, ALL):
             by_source.setdefault(key, []).append(entry)
@@ -142,15 +150,15 @@ def mask_quality(cleaned: ArrowTable) -> dict[str, MaskQuality]:
 
 def _quality(tokens: dict[str, np.ndarray]) -> MaskQuality:
     informative, corrupted = tokens["truth"] == 1, tokens["truth"] == -1
-    kept, score = tokens["kept"], tokens["score"]
+    kept, priority = tokens["kept"], tokens["priority"]
     both = informative | corrupted
     return MaskQuality(
         tokens=len(kept),
         kept=int(kept.sum()),
         informative=int(informative.sum()),
         corrupted=int(corrupted.sum()),
-        auroc=_auroc(score, informative),
-        auroc_corrupted=_auroc(score[both], informative[both]),
+        auroc=_auroc(priority, informative),
+        auroc_corrupted=_auroc(priority[both], informative[both]),
         precision=_share(kept & informative, kept),
         recall=_share(kept & informative, informative),
         corrupted_kept=_share(kept & corrupted, corrupted),

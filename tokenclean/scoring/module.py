@@ -20,9 +20,10 @@ from tokenclean.data.batches import Batch, collate
 from tokenclean.data.datamodule import PlannedBatches, TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
-from tokenclean.loss import token_statistics
+from tokenclean.loss import token_nll, token_statistics
 from tokenclean.models import BaseConfig, Network, adapter_folders, in_float32, trained_ids
 from tokenclean.runs import stop_if_interrupted
+from tokenclean.scoring.attributes import AttributeSettings, TokenAttributes
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.table import Column, ScoreTable, ScoreWriter
 
@@ -50,9 +51,13 @@ class ScoringModule(LightningModule):
         base: the base model.
         adapters: PEFT adapter folders (or runs that hold one), stacked in this order; none scores
             the base itself.
-        columns: what to store besides the losses. ``gap`` (log-probability of the most likely token
-            less that of the realised one) is what the rule ``contradiction`` reads; it comes from
-            the same logits.
+        columns: what to store besides the losses, for rules that read it: ``gap``, ``alone``,
+            ``attention``, ``attention_keys``, ``relevance``, ``relevance_hidden``; see `Column`.
+            Only ``alone`` takes a pass of its own.
+        attributes: what some columns rest on.
+
+    Raises:
+        ValueError: if a column is unknown, or needs expert words that are not given.
     """
 
     def __init__(
@@ -60,14 +65,17 @@ class ScoringModule(LightningModule):
         base: BaseConfig,
         adapters: str | list[str] | None = None,
         columns: list[Column] | None = None,
+        attributes: AttributeSettings = AttributeSettings(),  # noqa: B008
     ):
         super().__init__()
+        self.attributes = attributes
         self.columns: list[Column] = list(dict.fromkeys(columns or []))
         self.base, self.adapters = base, adapter_folders(adapters)
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
         self.noise: dict[str, float] = {}
         self._merged = ExitStack()
+        self._attributes: TokenAttributes | None = None
         self._probe: dict[int, Tensor | None] = {}
 
     def configure_model(self) -> None:
@@ -98,13 +106,15 @@ class ScoringModule(LightningModule):
             merged = self.network.merged(torch.float16 if half else None)
             self._merged.enter_context(merged)
         planned = self._planned()
+        settings = (self.columns, self.attributes, self.network, self.base, planned.rows)
+        self._attributes = TokenAttributes(*settings)
         order = np.concatenate([np.zeros(0, dtype=np.int64), *planned.plan])
         size = max(min(MAX_PROBE, len(order) // PROBE_EVERY), min(MIN_PROBE, len(order)))
         chosen = order[np.linspace(0, len(order) - 1, size).astype(np.int64)] if size else order
         self._probe = {int(planned.rows.rows[i]): None for i in chosen}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Losses of the batch's targets: float32, shape (N,), or (2, N) with their gaps.
+        """Losses of the batch's targets: float32, (N,), or (1 + columns, N) with the columns.
 
         Raises:
             FloatingPointError: naming the first sample with a loss that is not finite.
@@ -132,13 +142,21 @@ class ScoringModule(LightningModule):
 
     def _statistics(self, batch: Batch) -> list[Tensor]:
         """Losses and what else is asked for, float32, shape (N,) each."""
-        assert self.network is not None
+        assert self.network is not None and self._attributes is not None
         if not self.columns or not batch.rows:
             nll: Tensor = self.network(batch)
             return [nll] * (1 + len(self.columns))
-        found = token_statistics(self.network.hidden(batch), self.network.head, batch.targets)
-        # Rounding may put the most likely token a hair below itself.
-        return [found.nll, (found.nll + found.top_probability.log()).clamp_min(0.0)]
+        states = self.network.hidden(batch, self._attributes.readers)
+        found: dict[Column, Tensor] = {}
+        if "gap" in self.columns:
+            logits = token_statistics(states, self.network.head, batch.targets)
+            nll = logits.nll
+            # Rounding may put the most likely token a hair below itself.
+            found["gap"] = (nll + logits.top_probability.log()).clamp_min(0.0)
+        else:
+            nll = token_nll(states, self.network.head, batch.targets)
+        found |= self._attributes.of(batch)
+        return [nll, *(found[column] for column in self.columns)]
 
     def on_predict_epoch_end(self) -> None:
         self._merged.close()
@@ -234,6 +252,10 @@ def score_pool(
     manifest["cut_after_last_target"] = loaded.cut
     if module.columns:  # a table without them is the one it has always been
         manifest["columns"] = module.columns
+        if stated := module.attributes.stated(module.columns, network.hf.config):
+            manifest["attributes"] = stated
+    if rows.of != "response":
+        manifest["targets"] = rows.of
     if cache is not None and cache.has(manifest, rows.rows):
         if trainer.is_global_zero:
             cache.take(manifest, rows.rows, folder)

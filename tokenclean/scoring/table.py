@@ -35,8 +35,19 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.selection.topk import Histogram, ordered_keys
 
 KIND = "score table"
-#: What a table can hold besides losses. ``gap``: log p(most likely token) - log p(token), in nats.
-Column = Literal["gap"]
+#: What a table can hold besides losses, float32 each.
+#:
+#: * ``gap``: log p(most likely token) - log p(token), nats.
+#: * ``alone``: the loss with a start token (BOS, else EOS) and the sample's earlier response tokens
+#:   before it, and no prompt; nats.
+#: * ``attention``: what the token receives from later tokens in a deep layer, ``received`` of
+#:   `AttentionReader`; NaN where no later token was computed.
+#: * ``attention_keys``: ``keys`` of the first layer, one and the same number for all tokens of a
+#:   sample; NaN for a token that was not computed.
+#: * ``relevance``, ``relevance_hidden``: nearness to the words of a domain, by the token's input
+#:   embedding (1 at their mean, 0 for the farthest entry of the vocabulary) or by its last hidden
+#:   state when fed by itself (a cosine). The same for every occurrence of a token.
+Column = Literal["gap", "alone", "attention", "attention_keys", "relevance", "relevance_hidden"]
 #: Of the scores against the table that a reference was written `against`.
 HISTOGRAM = "histogram.npz"
 _SCHEMA = pa.schema(
@@ -61,8 +72,6 @@ class ScoreTable(ArrowTable):
     Attributes:
         rows: pool row of each table row, ascending, int64.
         nll: its losses, float32, one list per row.
-        gap: by how much the most likely token's log-probability exceeds the realised one's, like
-            ``nll``; None in tables made without it.
     """
 
     def __init__(self, folder: Path):
@@ -70,8 +79,8 @@ class ScoreTable(ArrowTable):
         rows = [batch.column("row").to_numpy() for batch in self.batches()]
         self.rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         self.nll = self.lists("nll")
-        stored = self.manifest.get("columns", [])
-        self.gap = self.lists("gap") if "gap" in stored else None
+        self._columns = {"nll": self.nll}
+        self._columns |= {name: self.lists(name) for name in self.manifest.get("columns", [])}
 
     def check_pool(self, pool: TokenPool) -> None:
         """Refuse a table made from another pool.
@@ -89,31 +98,33 @@ class ScoreTable(ArrowTable):
         """Ids of the samples that the scoring model was trained on."""
         return set(self.manifest["trained_on"])
 
-    def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses of many pool rows.
+    def of_rows(self, rows: np.ndarray, column: str = "nll") -> tuple[np.ndarray, np.ndarray]:
+        """Losses, or another column, of many pool rows.
 
         Args:
             rows: pool rows, int64, shape (R,), in any order.
+            column: ``nll`` or one of `Column`.
 
         Returns:
-            Number of losses of each row, int64, shape (R,), and the losses end to end, float32.
+            Number of values of each row, int64, shape (R,), and the values end to end, float32.
 
         Raises:
-            ValueError: if the table lacks one of the rows.
+            ValueError: if the table lacks the column or one of the rows.
         """
-        return self.nll.take(self.places(rows))
+        self.check_column(column)
+        return self._columns[column].take(self.places(rows))
 
-    def gaps_of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`of_rows` for the gap.
+    def check_column(self, column: str) -> None:
+        """Refuse a table that was made without a column.
 
         Raises:
-            ValueError: if the table was made without it, or lacks one of the rows.
+            ValueError: saying how it is made.
         """
-        if self.gap is None:
+        if column not in self._columns:
             raise ValueError(
-                f"{self.folder} has no column `gap`; score it again with --model.columns '[gap]'"
+                f"{self.folder} has no column `{column}`; score it again with "
+                f"--model.columns '[{column}]'"
             )
-        return self.gap.take(self.places(rows))
 
     def of_row(self, row: int) -> np.ndarray:
         """Losses of one pool row, float32.
@@ -239,11 +250,8 @@ class ScoreWriter(BasePredictionWriter):
                 chosen = rows.rows[first : first + ROWS_PER_SHARD]
                 part = slice(self._starts[first], self._starts[first + len(chosen)])
                 values = {name: self._values[name][part] for name in self.columns}
-                lengths, mask = table.response_mask.take(chosen)
                 counts = rows.counts[first : first + len(chosen)]
-                at = np.flatnonzero(mask)
-                positions = at - np.repeat(np.cumsum(lengths) - lengths, counts)
-                tokens = table.input_ids.take(chosen)[1][at]
+                positions, tokens = rows.targets_of(first, first + len(chosen))
                 batch = pa.record_batch(
                     {
                         "id": table.ids.take(chosen),

@@ -1,18 +1,15 @@
-"""Rules: which response tokens of a pool keep their loss.
-
-A rule gives every response token a priority (higher is kept first) or decides by itself; scope and
-keep share turn priorities into a mask. Tokens arrive in blocks of whole rows in pool order, so a
-pool of any size is ranked in constant memory.
-"""
+"""Which response tokens of a pool keep their loss: a rule, a scope and a keep share -> a mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
 
+from tokenclean.named import Value
+from tokenclean.selection.rule import KEPT, Blocks, Rule, TokenBlock, make_rule
 from tokenclean.selection.topk import (
     FIRST,
     Histogram,
@@ -22,20 +19,7 @@ from tokenclean.selection.topk import (
     top_mask,
 )
 
-RuleName = Literal[
-    "token_cleaning", "contradiction", "random", "perplexity", "length", "quality", "full", "oracle"
-]
 Scope = Literal["global", "sample", "whole_sample"]
-
-#: Reason codes of a cleaned pool, one int8 per token.
-REASONS = {
-    0: "kept",
-    1: "prompt",
-    2: "below the cut",
-    3: "row seen by the reference",
-    4: "contradicted by the reference",
-}
-KEPT, PROMPT, BELOW_CUT, SEEN, CONTRADICTED = 0, 1, 2, 3, 4
 
 
 @dataclass
@@ -43,13 +27,10 @@ class SelectionConfig:
     """How much to keep and which tokens.
 
     Args:
-        rule: ``token_cleaning`` ranks by score, base nll - reference nll (arXiv 2502.01968,
-            Eq. 3); ``contradiction`` drops the tokens where the reference expected another one,
-            see ``max_gap``; ``random`` ranks at random; ``perplexity`` ranks by the base's loss,
-            lowest first; ``length`` (response tokens, longest first) and ``quality`` (the column
-            that ``data.order`` names, highest first) rank whole samples; ``full`` keeps every
-            response token; ``oracle`` keeps exactly the tokens whose planted truth is informative.
-            ``contradiction``, ``full`` and ``oracle`` look at neither ``keep`` nor ``scope``.
+        rule: a file of `tokenclean.selection.rules`, by its name: ``token_cleaning`` (rank by the
+            score, arXiv 2502.01968, Eq. 3), ``random``, ``contradiction``, ``xtf_paper``,
+            ``perplexity``, ``full``, ...; or a module of your own, as my_package.my_rule. Rules
+            that do not rank look at neither ``keep`` nor ``scope``.
         scope: rank over the whole pool (``global``, Eq. 4), within each sample (``sample``, the way
             the paper's RHO arm works), or whole samples by the mean over their tokens
             (``whole_sample``): the best ones whose tokens together are no more than int(n * keep).
@@ -57,23 +38,18 @@ class SelectionConfig:
         always_keep_eos: rank every end-of-sequence target first. The number kept stays
             int(n * keep) unless there are more such targets than that.
         exclude_seen: neither rank nor train on rows that the reference was trained on.
-        max_gap: of ``contradiction``, in nats: a token is kept while the reference's most likely
-            token is at most exp(max_gap) times as likely as it. A high loss alone drops nothing:
-            where the reference does not know, its best guess is unlikely too.
+        options: the rule's own settings; they are the fields of its class.
     """
 
-    rule: RuleName = "token_cleaning"
+    rule: str = "token_cleaning"
     scope: Scope = "global"
     keep: float = 0.6
     always_keep_eos: bool = False
     exclude_seen: bool = False
-    max_gap: float = 1.0
+    options: dict[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(RuleName):
-            raise ValueError(
-                f"selection.rule: {self.rule!r} is not one of {', '.join(get_args(RuleName))}"
-            )
+        rule = self.make()
         if self.scope not in get_args(Scope):
             raise ValueError(
                 f"selection.scope: {self.scope!r} is not one of {', '.join(get_args(Scope))}"
@@ -82,7 +58,7 @@ class SelectionConfig:
             raise ValueError(
                 f"selection.keep: {self.keep} is not a share in (0, 1]; the paper keeps 0.6"
             )
-        if self.rule in ("length", "quality") and self.scope != "whole_sample":
+        if rule.of_samples and self.scope != "whole_sample":
             raise ValueError(
                 f"selection.scope: {self.rule} is a property of samples, not of their tokens; set "
                 "whole_sample"
@@ -91,70 +67,25 @@ class SelectionConfig:
             raise ValueError(
                 "selection.always_keep_eos: whole samples keep or lose theirs; leave it out"
             )
-        if not self.max_gap >= 0.0:
-            raise ValueError(
-                f"selection.max_gap: {self.max_gap} is not a gap in nats; 0 keeps only what the "
-                "reference finds most likely, the default is 1"
-            )
+
+    def make(self) -> Rule:
+        """A new instance of the rule."""
+        return make_rule(self.rule, self.options)
 
     @property
-    def needs_scores(self) -> bool:
-        """Losses under base and reference."""
-        return self.rule == "token_cleaning"
-
-    @property
-    def needs_base(self) -> bool:
-        """Losses under the base."""
-        return self.needs_scores or self.rule == "perplexity"
-
-    @property
-    def needs_gap(self) -> bool:
-        """The reference's gap alone; no base."""
-        return self.rule == "contradiction"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.needs_scores or self.needs_gap
-
-    @property
-    def needs_truth(self) -> bool:
-        return self.rule == "oracle"
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the rule reads, ``table.column``."""
+        return self.make().needs
 
     @property
     def ranks_plainly(self) -> bool:
         """Every token of the pool is ranked by its score and nothing else."""
         return (
-            self.rule == "token_cleaning"
+            self.make().by_score
             and self.scope == "global"
             and not self.always_keep_eos
             and not self.exclude_seen
         )
-
-
-@dataclass
-class TokenBlock:
-    """Whole rows in pool order; all token arrays run over the rows' response tokens.
-
-    Attributes:
-        rows: pool row numbers, int64, shape (R,).
-        counts: response tokens of each row, int64, shape (R,), summing to n.
-        score: what the rule ranks by, higher first: float64, shape (n,), or None for rules that
-            need none.
-        is_eos: bool, shape (n,), or None where no end-of-sequence target goes first.
-        truth: int8, shape (n,): 1 informative, 0 uninformative, -1 corrupted; None for rules that
-            need none.
-        seen: bool, shape (R,): the reference was trained on the row.
-        gap: float32, shape (n,): log p(most likely token) - log p(token) under the reference, at
-            least 0; None for rules that need none.
-    """
-
-    rows: np.ndarray
-    counts: np.ndarray
-    score: np.ndarray | None
-    is_eos: np.ndarray | None
-    truth: np.ndarray | None
-    seen: np.ndarray
-    gap: np.ndarray | None = None
 
 
 @dataclass
@@ -169,6 +100,7 @@ class Selected:
         near_cut: share of the ranked tokens whose score is within the noise of the cut: those that
             another run of the same scoring could have put on its other side. None where there is
             no cut or the noise is not known.
+        rule: the rule as it was fitted to the pool.
     """
 
     keep: np.ndarray
@@ -176,9 +108,9 @@ class Selected:
     kept: int
     cut: float | None
     near_cut: float | None = None
+    rule: Rule = field(default_factory=lambda: make_rule("full"))
 
 
-Blocks = Callable[[], Iterable[TokenBlock]]
 Masks = Iterator[tuple[TokenBlock, np.ndarray]]
 
 
@@ -196,38 +128,40 @@ def select(
     Args:
         blocks: called once per pass over the pool; the same blocks every time.
         config: rule, scope and keep share.
-        seed: of the ``random`` rule.
+        seed: of rules that draw at random.
         histogram: of the keys of all scores, where it is known and ``config.ranks_plainly``: saves
             a pass, and changes nothing else.
         noise: what a score may be off by, in nats, for ``near_cut``.
         out: where the mask goes, bool, one entry per response token; by default a new array.
 
     Raises:
-        ValueError: if the rule needs scores, gaps or truth that the blocks lack, one is NaN, or the
+        ValueError: if the rule needs columns that the blocks lack, a priority is NaN, or the
             histogram is not that of the scores.
     """
     cut: float | None = None
+    rule = config.make()
     if not config.ranks_plainly:
         histogram = None
-    if config.rule in ("full", "oracle", "contradiction"):
-        masks = _unranked(blocks, config)
+    rule.fit(blocks)
+    if not rule.ranked:
+        masks = _decided(blocks, rule, config)
     elif config.scope == "sample":
-        masks = _sample_masks(blocks, config, seed)
+        masks = _sample_masks(blocks, rule, config, seed)
     elif config.scope == "whole_sample":
-        masks = _whole_sample_masks(blocks, config, seed)
+        masks = _whole_sample_masks(blocks, rule, config, seed)
     else:
         if histogram is None:
             histogram = Histogram()
-            for _, _, keys in _ranked(blocks, config, seed):
+            for _, _, keys in _ranked(blocks, rule, config, seed):
                 histogram.add(keys)
         # End-of-sequence targets that go first may be more than the share.
         budget = max(int(histogram.total() * config.keep), histogram.firsts())
         key, above = kth_largest(
-            lambda: (keys for _, _, keys in _ranked(blocks, config, seed)), budget, histogram
+            lambda: (keys for _, _, keys in _ranked(blocks, rule, config, seed)), budget, histogram
         )
-        if config.rule == "token_cleaning" and key != FIRST:
+        if rule.by_score and key != FIRST:
             cut = score_of(key)
-        masks = _global_masks(blocks, config, seed, key, budget - above)
+        masks = _global_masks(blocks, rule, config, seed, key, budget - above)
 
     parts: list[np.ndarray] = []
     size = ranked = kept = near = 0
@@ -240,7 +174,7 @@ def select(
         kept += int(np.count_nonzero(mask))
         ranked += int(block.counts[_rankable(block, config)].sum())
         if cut is not None and noise is not None:
-            near += _near(block, config, cut, noise)
+            near += _near(block, rule, config, cut, noise)
     if histogram is not None and histogram.total() != ranked:
         raise ValueError("the histogram is not that of these scores; make it again")
     return Selected(
@@ -249,28 +183,15 @@ def select(
         kept=kept,
         cut=cut,
         near_cut=None if cut is None or noise is None else near / ranked,
+        rule=rule,
     )
 
 
-def _score(block: TokenBlock, rule: RuleName) -> np.ndarray:
-    if block.score is None:
-        tables = "a base" if rule == "perplexity" else "a base and a reference"
-        raise ValueError(f"rule: {rule} needs {tables} score table")
-    return block.score
-
-
-def _truth(block: TokenBlock) -> np.ndarray:
-    if block.truth is None:
-        raise ValueError("rule: oracle needs a pool with planted truth; this one has none")
-    return block.truth
-
-
-def _gap(block: TokenBlock) -> np.ndarray:
-    if block.gap is None:
-        raise ValueError("rule: contradiction needs a reference score table with the column `gap`")
-    if np.isnan(block.gap).any():
-        raise ValueError("gaps contain NaN: the pass that produced them must be repeated")
-    return block.gap
+def _priority(rule: Rule, block: TokenBlock) -> np.ndarray:
+    values = rule.priority(block)
+    if values is None:
+        raise NotImplementedError(f"{type(rule).__name__} ranks, but gives no priority")
+    return values
 
 
 def _is_eos(block: TokenBlock) -> np.ndarray:
@@ -284,10 +205,10 @@ def _rankable(block: TokenBlock, config: SelectionConfig) -> np.ndarray:
     return ~block.seen if config.exclude_seen else np.ones(len(block.rows), dtype=bool)
 
 
-def _near(block: TokenBlock, config: SelectionConfig, cut: float, noise: float) -> int:
+def _near(block: TokenBlock, rule: Rule, config: SelectionConfig, cut: float, noise: float) -> int:
     """Tokens ranked by their score that lie within the noise of the cut."""
     with np.errstate(invalid="ignore"):  # two equal infinities have no distance
-        near = np.abs(_score(block, config.rule) - cut) <= noise
+        near = np.abs(_priority(rule, block) - cut) <= noise
     if config.exclude_seen:
         near &= np.repeat(_rankable(block, config), block.counts)
     if config.always_keep_eos:
@@ -295,28 +216,21 @@ def _near(block: TokenBlock, config: SelectionConfig, cut: float, noise: float) 
     return int(np.count_nonzero(near))
 
 
-def _unranked(blocks: Blocks, config: SelectionConfig) -> Masks:
+def _decided(blocks: Blocks, rule: Rule, config: SelectionConfig) -> Masks:
     for block in blocks():
-        mask = np.repeat(_rankable(block, config), block.counts)
-        if config.rule == "oracle":
-            mask &= _truth(block) == 1
-        elif config.rule == "contradiction":
-            agreed = _gap(block) <= config.max_gap
-            mask &= agreed | _is_eos(block) if config.always_keep_eos else agreed
-        yield block, mask
+        mask = rule.decide(block) == KEPT
+        if config.always_keep_eos:
+            mask |= _is_eos(block)
+        yield block, mask & np.repeat(_rankable(block, config), block.counts)
 
 
 def _ranked(
-    blocks: Blocks, config: SelectionConfig, seed: int
+    blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int
 ) -> Iterator[tuple[TokenBlock, np.ndarray | slice, np.ndarray]]:
     """Each block, where in it the tokens to be ranked are, and their keys."""
-    # A fresh generator per pass: the same numbers each time, one per token in pool order.
-    generator = np.random.default_rng(seed)
+    rule.restart(seed, whole_samples=False)
     for block in blocks():
-        if config.rule == "random":
-            keys = ordered_keys(generator.random(int(block.counts.sum())))
-        else:
-            keys = ordered_keys(_score(block, config.rule))
+        keys = ordered_keys(_priority(rule, block))
         if config.always_keep_eos:
             keys[_is_eos(block)] = FIRST
         if config.exclude_seen:
@@ -326,15 +240,17 @@ def _ranked(
             yield block, slice(None), keys
 
 
-def _global_masks(blocks: Blocks, config: SelectionConfig, seed: int, cut: int, ties: int) -> Masks:
-    for block, part, keys in _ranked(blocks, config, seed):
-        mask = np.zeros(int(block.counts.sum()), dtype=bool)
+def _global_masks(
+    blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int, cut: int, ties: int
+) -> Masks:
+    for block, part, keys in _ranked(blocks, rule, config, seed):
+        mask = np.zeros(block.size, dtype=bool)
         mask[part], ties = top_mask(keys, cut, ties)
         yield block, mask
 
 
-def _sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> Masks:
-    for block, part, keys in _ranked(blocks, config, seed):
+def _sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int) -> Masks:
+    for block, part, keys in _ranked(blocks, rule, config, seed):
         counts = block.counts[_rankable(block, config)]
         stops = np.cumsum(counts)
         starts = stops - counts
@@ -351,15 +267,15 @@ def _sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> Masks:
         # Of a row's tokens at its cut, the first ones.
         earlier = np.concatenate([[0], np.cumsum(equal)])
         top = above | (equal & (earlier[:-1] - earlier[starts[row]] < ties[row]))
-        mask = np.zeros(int(block.counts.sum()), dtype=bool)
+        mask = np.zeros(block.size, dtype=bool)
         mask[part] = top
         yield block, mask
 
 
-def _whole_sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> Masks:
+def _whole_sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int) -> Masks:
     """Best samples first, as long as their tokens fit the budget; some bytes per row in memory."""
     means, sizes = [], []
-    for block, values in _values(blocks, config, seed):
+    for block, values in _values(blocks, rule, seed):
         rankable = _rankable(block, config) & (block.counts > 0)
         sums = np.add.reduceat(np.append(values, 0.0), np.cumsum(block.counts) - block.counts)
         means.append(np.where(rankable, sums / np.maximum(block.counts, 1), -np.inf))
@@ -376,21 +292,15 @@ def _whole_sample_masks(blocks: Blocks, config: SelectionConfig, seed: int) -> M
         yield block, np.repeat(rows, block.counts)
 
 
-def _values(
-    blocks: Blocks, config: SelectionConfig, seed: int
-) -> Iterator[tuple[TokenBlock, np.ndarray]]:
+def _values(blocks: Blocks, rule: Rule, seed: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
     """Each block with what its tokens are worth, float64, shape (n,).
 
     Raises:
         ValueError: if a value is NaN.
     """
-    generator = np.random.default_rng(seed)
+    rule.restart(seed, whole_samples=True)
     for block in blocks():
-        if config.rule == "random":
-            # one draw per sample: a mean over its tokens would favour short ones
-            values = np.repeat(generator.random(len(block.rows)), block.counts)
-        else:
-            values = _score(block, config.rule)
+        values = _priority(rule, block)
         if np.isnan(values).any():
             raise ValueError("scores contain NaN: the pass that produced them must be repeated")
         yield block, values

@@ -8,8 +8,8 @@ Prints a table of ratios (median and range over the repeats) with how far the tw
 agree, and writes all of it, with times in seconds, as JSON. Downloads nothing.
 
 `bench_workload.py` says what is run on, `bench_published.py` is the published way written again,
-`bench_peer.py` is TRL, the peer in training. `bench_models.py`, `bench_tables.py`, `bench_run.py`
-hold the parts, `bench_measure.py` takes times and memory.
+`bench_peer.py` is TRL, the peer in training. `bench_models.py`, `bench_attributes.py`,
+`bench_tables.py`, `bench_run.py` hold the parts, `bench_measure.py` takes times and memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.bench_attributes import attributes
 from scripts.bench_measure import Line, machine, markdown, say, spread
 from scripts.bench_models import memory, scoring, training
 from scripts.bench_run import run
@@ -36,6 +37,7 @@ from scripts.bench_workload import ROOT, SHAPES, Options
 
 PARTS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "scoring": scoring,
+    "attributes": attributes,
     "training": training,
     "selection": selection,
     "tables": tables,

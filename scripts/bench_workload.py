@@ -233,12 +233,19 @@ def write_pool(
 # -- models -----------------------------------------------------------------------------------
 
 
-def make_llama(shape: str, vocabulary: int | None, seed: int, dtype: torch.dtype) -> Any:
-    """A `LlamaForCausalLM` with random weights; ``vocabulary`` goes before the shape's own."""
+def make_llama(
+    shape: str, vocabulary: int | None, seed: int, dtype: torch.dtype, layers: int | None = None
+) -> Any:
+    """A `LlamaForCausalLM` with random weights.
+
+    ``vocabulary`` and ``layers`` go before the shape's own.
+    """
     options: dict[str, Any] = {"max_position_embeddings": MAX_LENGTH, "tie_word_embeddings": False}
     options |= SHAPES[shape]
     if vocabulary is not None:
         options["vocab_size"] = vocabulary
+    if layers is not None:
+        options["num_hidden_layers"] = layers
     config = LlamaConfig(**options, bos_token_id=0, eos_token_id=EOS, pad_token_id=2)
     torch.manual_seed(seed)
     before = torch.get_default_dtype()

@@ -153,13 +153,17 @@ def pool_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "pool.jsonl", rows)
 
 
-def llama_nll_float64(model: Any, ids: Sequence[int], deltas: Any = None) -> torch.Tensor:
+def llama_nll_float64(
+    model: Any, ids: Sequence[int], deltas: Any = None, found: Any = None
+) -> torch.Tensor:
     """Loss of every token after the first, written out in float64 for one Llama-like sample.
 
     Reads the weights of a transformers Llama or Mistral (no bias, full attention, default rotary
     embedding) and nothing of its code. ``deltas`` maps a module's name, e.g.
-    ``model.layers.0.mlp.up_proj``, to what is added to its weight.
+    ``model.layers.0.mlp.up_proj``, to what is added to its weight. A dict ``found`` receives
+    ``attention``, (layers, heads, T, T), and ``hidden``, the final states, (T, H).
     """
+    attentions = []
     config = model.config
     weights = {k: v.detach().double() for k, v in model.state_dict().items()}
     for name, delta in (deltas or {}).items():
@@ -192,12 +196,16 @@ def llama_nll_float64(model: Any, ids: Sequence[int], deltas: Any = None) -> tor
         k = k.repeat_interleave(heads // kv_heads, 0)
         v = v.transpose(0, 1).repeat_interleave(heads // kv_heads, 0)
         attention = (q @ k.transpose(1, 2) / size**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        attentions.append(attention)
         mixed = (attention @ v).transpose(0, 1).reshape(length, -1)
         x = x + mixed @ weights[f"{at}.self_attn.o_proj.weight"].T
         h = norm(x, f"{at}.post_attention_layernorm.weight")
         gate = torch.nn.functional.silu(h @ weights[f"{at}.mlp.gate_proj.weight"].T)
         up = h @ weights[f"{at}.mlp.up_proj.weight"].T
         x = x + (gate * up) @ weights[f"{at}.mlp.down_proj.weight"].T
-    logits = norm(x, "model.norm.weight") @ weights["lm_head.weight"].T
+    final = norm(x, "model.norm.weight")
+    if found is not None:
+        found.update(attention=torch.stack(attentions), hidden=final)
+    logits = final @ weights["lm_head.weight"].T
     chosen = torch.as_tensor(ids)[1:, None]
     return logits[:-1].logsumexp(-1) - logits[:-1].gather(1, chosen)[:, 0]

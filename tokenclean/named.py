@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import pkgutil
 from collections.abc import Mapping
 from types import NoneType, UnionType
@@ -12,7 +13,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 #: What an option of a rule or a weighting may be.
 Value = bool | int | float | str | None
 
+#: Environment variable: packages, comma-separated, that a configuration may name besides ours.
+ALLOW = "TOKENCLEAN_ALLOW_IMPORTS"
+
 T = TypeVar("T")
+
+
+def importable() -> list[str]:
+    """Packages whose modules a configuration may name by its own words: ours, and `ALLOW`'s."""
+    return ["tokenclean", *filter(None, os.environ.get(ALLOW, "").split(","))]
 
 
 def names_in(package: str) -> list[str]:
@@ -27,8 +36,8 @@ def make(
     """The thing of a name, with its options.
 
     A name without a dot is a module of ``package``; one with dots is a module anywhere on the
-    Python path, so that others can add theirs without a change here. The module holds exactly one
-    dataclass derived from ``kind``.
+    Python path whose package is `importable`, so that others add theirs without a change here. The
+    module holds exactly one dataclass derived from ``kind``.
 
     Args:
         kind: base class.
@@ -38,7 +47,8 @@ def make(
         place: the option that named it, for error messages: ``selection.rule``.
 
     Raises:
-        ValueError: for an unknown name or option, or a value of another type than the field's.
+        ValueError: for an unknown name or option, a module that is not `importable`, or a value of
+            another type than the field's.
     """
     cls = _class(kind, package, name, place)
     hints = get_type_hints(cls)
@@ -59,6 +69,11 @@ def make(
 
 def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
     known = names_in(package)
+    if "." in name and name.partition(".")[0] not in importable():
+        raise ValueError(
+            f"{place}: naming {name} runs its code, so it must be allowed: set "
+            f"{ALLOW}={name.partition('.')[0]}"
+        )
     if "." not in name and name not in known:
         raise ValueError(
             f"{place}: {name!r} is not one of {', '.join(known)}; your own is named by its module, "

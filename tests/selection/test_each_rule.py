@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,14 +193,14 @@ def test_clusters_are_the_best_cuts_of_all() -> None:
 def test_too_few_values_to_cluster_are_refused() -> None:
     columns = {"base.nll": [1.0] * 8, "base.relevance": [0.1, 0.2] * 4}
     with pytest.raises(ValueError, match=r"takes 2 distinct values .* relevance: false"):
-        select(pool(columns), SelectionConfig("xtf_paper", options={"reasoning": "off"}))
+        select(pool(columns), SelectionConfig("xtf_paper", options={"reasoning": "none"}))
 
 
 def test_needs_follow_the_options() -> None:
     assert XtfPaper().needs == (
         "base.nll", "base.attention", "pool.position", "base.relevance",
     )  # fmt: skip
-    assert XtfPaper(reasoning="off", relevance=False).needs == ("base.nll",)
+    assert XtfPaper(reasoning="none", relevance=False).needs == ("base.nll",)
     released = make_rule("xtf_code", {"reasoning": "keys"}).needs
     assert released == ("base.nll", "base.attention_keys", "base.relevance_hidden")
     assert make_rule("xtf_code").needs == ("base.nll", "base.relevance_hidden")
@@ -219,7 +220,8 @@ def test_needs_follow_the_options() -> None:
         ("xtf_paper", {"reasoning": "keys"}, "belongs to xtf_code"),
         ("xtf_paper", {"classes": 2}, "at least 3"),
         ("xtf_code", {"limit": 1.5}, "shares"),
-        ("no_such_package.rule", {}, "there is no module no_such_package.rule"),
+        ("no_such_package.rule", {}, "set TOKENCLEAN_ALLOW_IMPORTS=no_such_package"),
+        ("tokenclean.no_such_rule", {}, "there is no module tokenclean.no_such_rule"),
         ("tokenclean.loss", {}, "holds 0 classes derived from Rule"),
     ],
 )
@@ -235,3 +237,39 @@ def test_every_file_is_a_rule() -> None:
         rule = make(Rule, PACKAGE, name, None, "here")
         assert type(rule).__doc__ and all(code >= 4 for code in rule.reasons)
         assert all(n.split(".")[0] in ("base", "reference", "pool") for n in rule.needs)
+
+
+#: A rule of one's own, as the README shows it.
+SHORTEST = '''
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenclean.selection.rule import Rule, TokenBlock
+
+
+@dataclass
+class Middle(Rule):
+    """Keep what the base finds neither easy nor hard."""
+
+    target: float = 1.0  # nats
+
+    needs = ("base.nll",)
+
+    def priority(self, block: TokenBlock) -> np.ndarray:
+        return -np.abs(block["base.nll"].astype(np.float64) - self.target)
+'''
+
+
+def test_a_rule_is_added_without_touching_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "middle.py").write_text(SHORTEST)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="set TOKENCLEAN_ALLOW_IMPORTS=ours"):
+        SelectionConfig("ours.middle")
+    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "other,ours")
+    blocks = pool({"base.nll": [0.0, 1.0, 2.5, 3.0, 0.5, 9.0, 1.25, 4.0]})
+    assert kept(blocks, "ours.middle") == [0, 1, 4, 6]
+    assert kept(blocks, "ours.middle", target=3.0) == [2, 3, 6, 7]

@@ -8,12 +8,14 @@ from tokenclean.models.adapters import (
     check_adapter_folder,
     trained_ids,
 )
+from tokenclean.models.attention import AttentionReader, default_layer
 from tokenclean.models.loading import BaseConfig, Speed, check_base, load_config, load_tokenizer
 from tokenclean.models.network import Network
 from tokenclean.models.passes import in_float32
 
 __all__ = [
     "TRAINED_IDS",
+    "AttentionReader",
     "BaseConfig",
     "LoraSettings",
     "Network",
@@ -22,6 +24,7 @@ __all__ = [
     "adapter_tensors",
     "check_adapter_folder",
     "check_base",
+    "default_layer",
     "in_float32",
     "load_config",
     "load_tokenizer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from tokenclean.models.adapters import (
     share,
     write_adapter,
 )
-from tokenclean.models.attention import SEGMENTS, Segments
+from tokenclean.models.attention import SEGMENTS, AttentionReader, Segments
 from tokenclean.models.loading import BaseConfig, Speed
 from tokenclean.models.passes import (
     BackwardRows,
@@ -139,14 +139,25 @@ class Network(nn.Module):
         """Most likely token at every target of a batch: int64, shape (N,)."""
         return greedy_tokens(self.hidden(batch), self.head)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states of the rows that predict the targets, shape (N, H)."""
+    def hidden(
+        self, batch: Batch, reader: AttentionReader | Sequence[AttentionReader] = ()
+    ) -> Tensor:
+        """Final hidden states of the rows that predict the targets, shape (N, H).
+
+        Args:
+            reader: readers whose ``values`` are filled on the way; one may stand alone.
+
+        Raises:
+            ValueError: if attention cannot be read from this model, or not from that layer.
+        """
+        readers = self._by_layer([reader] if isinstance(reader, AttentionReader) else reader)
         # Right padding needs no mask: a causal model never looks at what comes later.
         options: dict[str, Any] = {}
         if batch.segments is not None:
+            varlen = self.speed.varlen_attention
             options = {
                 "position_ids": batch.position_ids,
-                "segments": Segments(batch.segments, batch.bounds, self.speed.varlen_attention),
+                "segments": Segments(batch.segments, batch.bounds, varlen, readers),
                 # Samples are kept apart by `segments`. Any 4-d mask stops transformers from
                 # building a T x T one from the position ids.
                 "attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)),
@@ -159,6 +170,24 @@ class Network(nn.Module):
             input_ids=batch.input_ids, use_cache=False, **options
         ).last_hidden_state
         return states[0] if self._gathers else states.flatten(0, 1)[batch.predicting]
+
+    def _by_layer(self, readers: Sequence[AttentionReader]) -> dict[int, list[AttentionReader]]:
+        if readers and self.layout != "packed":
+            raise ValueError(
+                f"attention cannot be read from {type(self.hf).__name__}: its batches are padded "
+                "and its attention is its own; leave out what needs attention (columns or weights),"
+                " or take another base"
+            )
+        layers = self.hf.config.get_text_config().num_hidden_layers
+        found: dict[int, list[AttentionReader]] = {}
+        for reader in readers:
+            if not -layers <= reader.layer < layers:
+                raise ValueError(
+                    f"layer {reader.layer} of attention: {type(self.hf).__name__} has {layers}, "
+                    f"numbered 0 to {layers - 1} (or -1 to {-layers} from the end)"
+                )
+            found.setdefault(reader.layer % layers, []).append(reader)
+        return found
 
     @contextmanager
     def clock(self, tokens: int = 0) -> Iterator[None]:

@@ -7,7 +7,7 @@ per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenclean.data.batches import Batch, Sample, collate, plan_batches
 from tokenclean.data.rows import TokenRows
-from tokenclean.models import AttentionReader, BaseConfig, Network, default_layer, load_tokenizer
+from tokenclean.models import AttentionReader, Network, default_layer
 from tokenclean.scoring.table import Column
 
 EXPERTS = Path(__file__).parent / "experts"
@@ -101,8 +101,8 @@ class TokenAttributes:
         columns: which; see `Column`.
         settings: what they rest on.
         network: on its device, as it scores.
-        base: whose tokenizer cuts the expert words.
         rows: what is scored.
+        tokenizer: loads the base's tokenizer, if one is needed.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class TokenAttributes:
         columns: Sequence[Column],
         settings: AttributeSettings,
         network: Network,
-        base: BaseConfig,
         rows: TokenRows,
+        tokenizer: Callable[[], Any],
     ):
         self.columns, self.settings, self.network = columns, settings, network
-        self._base, self._rows = base, rows
+        self._rows, self._load_tokenizer = rows, tokenizer
         self._readers: dict[Column, AttentionReader] = {}
         if "attention" in columns:
             depth = settings.depth(network.hf.config)
@@ -140,7 +140,7 @@ class TokenAttributes:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._base)
+        return self._load_tokenizer()
 
     def _alone(self, batch: Batch) -> Tensor:
         """Loss of each target after nothing but a start token and the sample's earlier targets."""

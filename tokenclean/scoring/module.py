@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import numpy as np
@@ -21,7 +22,14 @@ from tokenclean.data.datamodule import PlannedBatches, TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.loss import token_nll, token_statistics
-from tokenclean.models import BaseConfig, Network, adapter_folders, in_float32, trained_ids
+from tokenclean.models import (
+    BaseConfig,
+    Network,
+    adapter_folders,
+    in_float32,
+    load_tokenizer,
+    trained_ids,
+)
 from tokenclean.runs import stop_if_interrupted
 from tokenclean.scoring.attributes import AttributeSettings, TokenAttributes
 from tokenclean.scoring.cache import ScoreCache
@@ -68,8 +76,16 @@ class ScoringModule(LightningModule):
         attributes: AttributeSettings = AttributeSettings(),  # noqa: B008
     ):
         super().__init__()
+        known: tuple[Column, ...] = get_args(Column)
+        if unknown := set(columns or []) - set(known):
+            raise ValueError(
+                f"model.columns: {', '.join(sorted(unknown))} is none of {', '.join(known)}"
+            )
+        # In one order, so that whoever asks for the same columns shares their table.
+        self.columns: list[Column] = [column for column in known if column in (columns or [])]
         self.attributes = attributes
-        self.columns: list[Column] = list(dict.fromkeys(columns or []))
+        for column in self.columns:
+            attributes.check(column)
         self.base, self.adapters = base, adapter_folders(adapters)
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
@@ -106,7 +122,8 @@ class ScoringModule(LightningModule):
             merged = self.network.merged(torch.float16 if half else None)
             self._merged.enter_context(merged)
         planned = self._planned()
-        settings = (self.columns, self.attributes, self.network, self.base, planned.rows)
+        tokenizer = partial(load_tokenizer, self.base)
+        settings = (self.columns, self.attributes, self.network, planned.rows, tokenizer)
         self._attributes = TokenAttributes(*settings)
         order = np.concatenate([np.zeros(0, dtype=np.int64), *planned.plan])
         size = max(min(MAX_PROBE, len(order) // PROBE_EVERY), min(MIN_PROBE, len(order)))

@@ -3,7 +3,8 @@
 Arrow shards with a manifest, one row per sample in pool order: ``id``, ``row`` (pool row),
 ``positions`` list<int32>, ``token_ids`` list<int32>, ``nll`` list<float32>; index j of ``nll``
 belongs to predicting the token at ``positions[j]``. Columns like it (`Column`) follow where they
-were asked for; the manifest's ``columns`` lists them.
+were asked for; the manifest's ``columns`` lists them. A control table, whose manifest says
+``targets: prompt``, holds the prompt tokens in the response tokens' stead.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from skimage.filters import threshold_multiotsu
 
 from tokenclean.selection.rule import KEPT, Blocks, TokenBlock
 
-Reasoning = Literal["off", "keys", "received", "standardised"]
+Reasoning = Literal["none", "keys", "received", "standardised"]
 
 REASONING, NOVELTY, RELEVANCE = 1, 2, 4
 _NAMES = {
@@ -195,7 +195,7 @@ def attention_column(reading: Reasoning) -> str:
 def needs(reading: Reasoning, relevance_column: str | None) -> tuple[str, ...]:
     """Columns of an XTF rule with these parts."""
     found = ["base.nll"]
-    if reading != "off":
+    if reading != "none":
         found.append(attention_column(reading))
     if reading == "standardised":
         found.append("pool.position")

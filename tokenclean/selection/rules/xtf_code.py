@@ -26,7 +26,7 @@ class XtfCode(Rule):
     """As `XtfPaper`, with the thresholds of the released code; at most a fifth or so is dropped.
 
     Args:
-        reasoning: ``off``. The released code takes the first layer's attention and averages over
+        reasoning: ``none``. The released code takes the first layer's attention and averages over
             the *key* axis (``keys``): every softmax row sums to 1, so that is 1/T for all T tokens
             of a sample, and what falls below a fence is rounding noise. ``received`` and
             ``standardised`` are the readings of `XtfPaper`, from the layer ``attributes.layer``.
@@ -41,7 +41,7 @@ class XtfCode(Rule):
         limit: importance and relevance each drop at most this share of a response, worst first.
     """
 
-    reasoning: Reasoning = "off"
+    reasoning: Reasoning = "none"
     fence: float = 1.5
     novelty: bool = True
     min_novelty: float = 0.05
@@ -63,7 +63,7 @@ class XtfCode(Rule):
         self.needs = needs(self.reasoning, "base.relevance_hidden" if self.relevance else None)
 
     def fit(self, blocks: Blocks) -> None:
-        if self.reasoning != "off":
+        if self.reasoning != "none":
             self._importance = ReasoningImportance(blocks, self.reasoning)
         if self.relevance:
             self._clusters = Clusters(

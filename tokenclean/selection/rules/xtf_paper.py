@@ -25,7 +25,7 @@ class XtfPaper(Rule):
 
     Args:
         reasoning: attention a token receives from later tokens: ``received`` as it is, or
-            ``standardised`` per position, without which its place in the text decides; ``off``
+            ``standardised`` per position, without which its place in the text decides; ``none``
             leaves the attribute out. The paper names neither layer nor axis; the layer is
             ``attributes.layer``, a deep one by default.
         fence: a token fails if its importance is below Q1 - fence * (Q3 - Q1) of its response.
@@ -63,7 +63,7 @@ class XtfPaper(Rule):
         self.needs = needs(self.reasoning, "base.relevance" if self.relevance else None)
 
     def fit(self, blocks: Blocks) -> None:
-        if self.reasoning != "off":
+        if self.reasoning != "none":
             self._importance = ReasoningImportance(blocks, self.reasoning)
         if self.relevance:
             self._clusters = Clusters(

@@ -9,7 +9,8 @@ agree, and writes all of it, with times in seconds, as JSON. Downloads nothing.
 
 `bench_workload.py` says what is run on, `bench_published.py` is the published way written again,
 `bench_peer.py` is TRL, the peer in training. `bench_models.py`, `bench_attributes.py`,
-`bench_tables.py`, `bench_run.py` hold the parts, `bench_measure.py` takes times and memory.
+`bench_weights.py`, `bench_tables.py`, `bench_run.py` hold the parts, `bench_measure.py` takes times
+and memory.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from scripts.bench_measure import Line, machine, markdown, say, spread
 from scripts.bench_models import memory, scoring, training
 from scripts.bench_run import run
 from scripts.bench_tables import scaling, selection, tables
+from scripts.bench_weights import weighting
 from scripts.bench_workload import ROOT, SHAPES, Options
 
 PARTS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "scoring": scoring,
     "attributes": attributes,
     "training": training,
+    "weighting": weighting,
     "selection": selection,
     "tables": tables,
     "scaling": scaling,

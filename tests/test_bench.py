@@ -28,7 +28,7 @@ from scripts.bench_workload import SOURCES, draw_lengths
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("bench") / "report.json"
-    parts = ["scoring", "training", "selection", "tables", "memory"]
+    parts = ["scoring", "attributes", "training", "weighting", "selection", "tables", "memory"]
     bench.main(["--quick", "--out", str(out), "--parts", *parts])
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
@@ -45,6 +45,7 @@ def test_both_sides_compute_the_same_numbers(report: dict[str, Any]) -> None:
     assert set(scoring) == {"nll difference, base", "nll difference, reference"}
     assert max(scoring.values()) <= 2e-5
     assert agreements(report, "training")["gradient error"] <= 5e-6
+    assert agreements(report, "attributes") == {"nll identical": True}
     assert agreements(report, "selection") == {"selection identical": True}
     assert agreements(report, "tables") == {"table identical": True}
 

@@ -254,3 +254,50 @@ def test_a_wide_hidden_row_is_not_rounded_to_the_heads_precision() -> None:
     got = token_nll(hidden, Head(half), targets)
     want = written_out(hidden.double(), half.double(), None, targets, CASES[0])
     torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6)
+
+
+def test_the_most_likely_tokens_by_hand() -> None:
+    # probabilities 1/8, 2/8, 5/8: the top two are 2/7 and 5/7 among themselves
+    weight = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    arguments = torch.ones(3, 1), Head(weight), torch.tensor([0, 1, 2]), 2
+    got = token_statistics(*arguments, top=2)
+    assert got.top_entropy is not None and got.top_mass is not None
+    by_hand = 2 / 7 * math.log(7 / 2) + 5 / 7 * math.log(7 / 5)
+    torch.testing.assert_close(got.top_entropy, torch.full((3,), by_hand))
+    torch.testing.assert_close(got.top_mass, torch.full((3,), 7 / 8))
+    # of all there are, if they are fewer than asked for
+    everything = token_statistics(*arguments, top=20)
+    assert everything.top_entropy is not None and everything.top_mass is not None
+    torch.testing.assert_close(everything.top_entropy, everything.entropy)
+    torch.testing.assert_close(everything.top_mass, torch.ones(3))
+    plain = token_statistics(*arguments)
+    assert plain.top_entropy is None and plain.top_mass is None
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_the_most_likely_tokens_leave_loss_and_gradient_alone(
+    case: Case, trained_head: bool
+) -> None:
+    hidden, weight, bias, targets = drawn(9, case, torch.float32)
+    hidden.requires_grad_(True)
+    weight.requires_grad_(trained_head)
+    head = Head(weight, bias, case.scale, case.softcap)
+    got = token_statistics(hidden, head, targets, chunk_rows=4, top=6)
+    alone = token_nll(hidden, head, targets, chunk_rows=4)
+    assert torch.equal(got.nll, alone)
+    grads = [torch.autograd.grad(nll.sum(), hidden)[0] for nll in (got.nll, alone)]
+    assert torch.equal(*grads)
+    wide = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
+    assert wide[0] is not None and wide[1] is not None
+    every = torch.stack(
+        [written_out(wide[0], wide[1], wide[2], torch.full((9,), v), case) for v in range(V)], dim=1
+    )
+    largest = torch.exp(-every).sort(descending=True).values[:, :6]
+    mass = largest.sum(1)
+    among = largest / mass[:, None]
+    assert got.top_entropy is not None and got.top_mass is not None
+    assert not got.top_entropy.requires_grad and not got.top_mass.requires_grad
+    torch.testing.assert_close(got.top_mass.double(), mass, rtol=0, atol=1e-6)
+    want = -(among * among.log()).sum(1)
+    torch.testing.assert_close(got.top_entropy.double(), want, rtol=0, atol=5e-6)

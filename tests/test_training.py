@@ -76,8 +76,13 @@ def everything(row: int, response: np.ndarray) -> np.ndarray:
     return np.ones(len(response), dtype=bool)
 
 
-def cleaned(pool: TokenPool, keep: Keep, folder: Path) -> CleanedPool:
-    """A cleaned pool that keeps what ``keep(row, response positions)`` says."""
+def cleaned(
+    pool: TokenPool, keep: Keep, folder: Path, **given: Callable[[int, int], list[Any]]
+) -> CleanedPool:
+    """A cleaned pool that keeps what ``keep(row, response positions)`` says.
+
+    ``given`` makes a column from row and length.
+    """
     schema = cleaned_schema(with_truth=False)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for row in range(len(pool)):
@@ -96,10 +101,12 @@ def cleaned(pool: TokenPool, keep: Keep, folder: Path) -> CleanedPool:
             "base_nll": none,
             "reference_nll": none,
             "score": none,
+            "priority": none,
             "reason": [0] * len(ids),
             "weight": [1.0] * len(ids),
             "round": 1,
         }
+        values |= {name: make(row, len(ids)) for name, make in given.items()}
         for name, value in values.items():
             columns[name].append(value)
     write_cleaned_pool(folder / "cleaned", [pa.record_batch(columns, schema=schema)], schema, {})
@@ -165,7 +172,8 @@ def fit(
     module.network = network
     module.continue_round()
     watch = Watch()
-    trainer_for(watch, **trainer_options).fit(module, data.training_loader(TokenRows(table)))
+    loader = data.training_loader(TokenRows(table), module.carry)
+    trainer_for(watch, **trainer_options).fit(module, loader)
     return watch
 
 

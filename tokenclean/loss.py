@@ -47,11 +47,16 @@ class TokenStatistics(NamedTuple):
         nll: negative log-likelihood of the target, nats; the only one with a gradient.
         entropy: of the predicted distribution, nats.
         top_probability: of the most likely token.
+        top_entropy: of the k most likely tokens alone, their probabilities scaled to sum to 1, in
+            nats (so at most ln k); None unless asked for.
+        top_mass: what those k probabilities sum to, unscaled; None unless asked for.
     """
 
     nll: Tensor
     entropy: Tensor
     top_probability: Tensor
+    top_entropy: Tensor | None = None
+    top_mass: Tensor | None = None
 
 
 def token_nll(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
@@ -69,22 +74,32 @@ def token_nll(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | Non
     Returns:
         float32, shape (N,). Differentiable in ``hidden`` and in the head's weight and bias.
     """
-    nll: Tensor = _ChunkedNLL.apply(hidden, head.weight, head.bias, targets, head, chunk_rows, None)
+    nll: Tensor = _ChunkedNLL.apply(
+        hidden, head.weight, head.bias, targets, head, chunk_rows, None, 0
+    )
     return nll
 
 
 def token_statistics(
-    hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None = None
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunk_rows: int | None = None,
+    top: int = 0,
 ) -> TokenStatistics:
     """`token_nll` with entropy and top probability from the same logits.
 
     Takes the arguments of `token_nll` and has its gradient.
+
+    Args:
+        top: also entropy and mass of this many most likely tokens (of all V, if fewer); 0: not.
     """
-    extras = torch.empty(2, len(targets), dtype=_result_dtype(head.weight), device=hidden.device)
+    rows = 4 if top else 2
+    extras = torch.empty(rows, len(targets), dtype=_result_dtype(head.weight), device=hidden.device)
     nll: Tensor = _ChunkedNLL.apply(
-        hidden, head.weight, head.bias, targets, head, chunk_rows, extras
+        hidden, head.weight, head.bias, targets, head, chunk_rows, extras, top
     )
-    return TokenStatistics(nll, extras[0], extras[1])
+    return TokenStatistics(nll, *extras)
 
 
 def greedy_tokens(hidden: Tensor, head: Head, chunk_rows: int | None = None) -> Tensor:
@@ -156,6 +171,7 @@ class _ChunkedNLL(torch.autograd.Function):
         head: Head,
         chunk_rows: int | None,
         extras: Tensor | None,
+        most_likely: int,
     ) -> Tensor:
         nll = torch.empty(len(targets), dtype=_result_dtype(weight), device=hidden.device)
         head_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -173,6 +189,8 @@ class _ChunkedNLL(torch.autograd.Function):
             if extras is not None and mean is not None:
                 extras[0, rows] = total.log() + top - mean
                 extras[1, rows] = 1.0 / total
+                if most_likely:
+                    extras[2, rows], extras[3, rows] = _of_the_top(logits, total, most_likely)
             if grad_hidden is not None:
                 slope = _nll_slope(logits, total, targets[rows], steepness, head)
                 grad_hidden[rows] = _times(slope, cast).to(hidden.dtype)
@@ -193,7 +211,7 @@ class _ChunkedNLL(torch.autograd.Function):
         (grad,) = grads
         if not ctx.head_trained:
             (grad_hidden,) = ctx.saved_tensors
-            return (grad_hidden * grad[:, None].to(grad_hidden.dtype), *([None] * 6))
+            return (grad_hidden * grad[:, None].to(grad_hidden.dtype), *([None] * 7))
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
@@ -213,7 +231,7 @@ class _ChunkedNLL(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *([None] * 4),
+            *([None] * 5),
         )
 
 
@@ -233,6 +251,14 @@ def _softmax_(logits: Tensor, with_mean: bool = False) -> tuple[Tensor, Tensor, 
     logits.exp_()
     total = logits.sum(-1)
     return top, total, (shifted.mul_(logits)).sum(-1) / total + top
+
+
+def _of_the_top(exponentials: Tensor, total: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Entropy of each row's most likely tokens among themselves, and their probability."""
+    largest = exponentials.topk(min(most, exponentials.shape[-1]), sorted=False).values
+    mass = largest.sum(-1)
+    largest /= mass[:, None]
+    return torch.special.entr(largest).sum(-1), mass / total
 
 
 def _softcap_slope(logits: Tensor, head: Head) -> Tensor | None:

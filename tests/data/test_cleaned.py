@@ -244,6 +244,8 @@ def test_the_size_of_blocks_changes_nothing(
         one, other = (pq.read_table(tmp_path / name / DATA) for name in ("whole", "parts"))
         assert one.equals(other)
         assert one.column("id").to_pylist() == [f"id-{row}" for row in rows]
+        manifests = [(tmp_path / name / MANIFEST).read_text() for name in ("whole", "parts")]
+        assert manifests[0] == manifests[1]
 
 
 @pytest.mark.parametrize("config", RULES)

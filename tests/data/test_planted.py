@@ -143,6 +143,39 @@ def test_irrelevant_sentences_come_in_the_kinds_asked_for() -> None:
         assert text.startswith(starts)
 
 
+def test_several_sentences_and_missing_answers_change_nothing_else() -> None:
+    plain = pool_rows(PlantedSettings(samples=300, multi_turn=0))
+    more = pool_rows(PlantedSettings(samples=300, multi_turn=0, irrelevant_sentences=3))
+    assert [r["messages"][-2] for r in plain] == [r["messages"][-2] for r in more]
+    courtesies = {*planted.BOILERPLATE_FIRST, *planted.BOILERPLATE_LAST}
+    for one, three in zip(plain, more, strict=True):
+        assert one["noise"] == three["noise"]
+        if "irrelevant" not in one["noise"]:
+            assert one == three
+            continue
+        stray, strays = (
+            [
+                text
+                for message, start, end, label in row["truth"]
+                if label == planted.UNINFORMATIVE
+                and (text := row["messages"][message]["content"][start:end]) not in courtesies
+            ]
+            for row in (one, three)
+        )
+        assert len(stray) == 1 and len(strays) == 3 and strays[0] == stray[0]
+
+    bare = pool_rows(PlantedSettings(samples=300, multi_turn=0, answerless=0.5))
+    lost = [row for row in bare if "answerless" in row["noise"]]
+    assert 100 < len(lost) < 200
+    assert [r for r in bare if "answerless" not in r["noise"]] == [
+        p for p, r in zip(plain, bare, strict=True) if "answerless" not in r["noise"]
+    ]
+    for row in lost:
+        content = row["messages"][-1]["content"]
+        labelled = " ".join(content[start:end] for _, start, end, _ in row["truth"])
+        assert labelled == content and "corrupted" not in row["noise"]
+
+
 def test_noise_is_nested_so_a_sweep_changes_nothing_else() -> None:
     low, high = (pool_rows(replaced) for replaced in (SMALL.scaled(0.5), SMALL))
     for less, more in zip(low, high, strict=True):
@@ -197,6 +230,8 @@ def test_the_corpus_keeps_blank_families_to_itself() -> None:
         ({"corruption": "odd"}, "corruption"),
         ({"families": ("capitals",)}, "families"),
         ({"irrelevant_kinds": ()}, "irrelevant_kinds"),
+        ({"irrelevant_sentences": 0}, "irrelevant_sentences"),
+        ({"answerless": -0.1}, "answerless"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings: dict[str, object], name: str) -> None:

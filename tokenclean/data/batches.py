@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Sample:
         weights: float32, shape (n,); the loss weight of each.
         length: leading tokens to compute: up to the last target, after which nothing matters to a
             causal model, unless told otherwise.
+        extra: further numbers of each target by name, float32, shape (n,) each.
+        prompt: which tokens are no response tokens, bool, shape (T,); only where asked for.
     """
 
     row: int
@@ -40,6 +42,8 @@ class Sample:
     positions: np.ndarray
     weights: np.ndarray
     length: int = 0
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.length and len(self.positions):
@@ -61,6 +65,9 @@ class Batch:
         weights: float32, (N,).
         rows: pool row of each sample.
         counts: targets of each sample, in the same order; they sum to N.
+        extra: further numbers of each target by name, float32, (N,) each.
+        prompt: which tokens are no response tokens, bool, like ``input_ids``; None unless the
+            samples say so.
     """
 
     input_ids: Tensor
@@ -72,6 +79,8 @@ class Batch:
     weights: Tensor
     rows: list[int]
     counts: list[int]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    prompt: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,10 +88,13 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "position_ids", "bounds", "predicting", "targets", "weights")
-        }
+        def move(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=non_blocking)
+
+        names = ("input_ids", "position_ids", "bounds", "predicting", "targets", "weights")
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
+        moved["extra"] = {name: move(values) for name, values in self.extra.items()}
+        moved["prompt"] = None if self.prompt is None else move(self.prompt)
         return replace(self, **moved)
 
     def split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -112,6 +124,13 @@ def collate(samples: Sequence[Sample], layout: Layout = "packed", pad_id: int = 
         input_ids[start : start + length] = sample.input_ids[:length]
         position_ids[start : start + length] = np.arange(length)
     none = np.zeros(0, dtype=np.int64)
+    prompt = None
+    if samples and samples[0].prompt is not None:
+        prompt = np.zeros(shape[0] * shape[1], dtype=np.bool_)
+        for sample, start, length in zip(samples, starts, lengths, strict=True):
+            assert sample.prompt is not None
+            prompt[start : start + length] = sample.prompt[:length]
+    extra = samples[0].extra if samples else {}
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         position_ids=torch.from_numpy(position_ids.reshape(shape)),
@@ -130,6 +149,11 @@ def collate(samples: Sequence[Sample], layout: Layout = "packed", pad_id: int = 
         ),
         rows=[s.row for s in samples],
         counts=[len(s.positions) for s in samples],
+        extra={
+            name: torch.from_numpy(np.concatenate([s.extra[name] for s in samples]))
+            for name in extra
+        },
+        prompt=None if prompt is None else torch.from_numpy(prompt.reshape(shape)),
     )
 
 

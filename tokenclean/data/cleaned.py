@@ -106,7 +106,8 @@ class CleanedPool(ArrowTable):
                     write_shard(partial, number, batch)
                 write_json(partial / MANIFEST, manifest)
         super().__init__(unpacked, KIND)
-        self.manifest = manifest
+        # The name that it is known by, not that of its unpacked copy.
+        self.manifest, self.folder = manifest, Path(folder)
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from tokenclean.data.pool import (
     open_pool,
     statistics_table,
 )
-from tokenclean.data.rows import TokenRows
+from tokenclean.data.rows import Targets, TokenRows
 from tokenclean.data.template import TemplateName, Tokeniser
 
 log = logging.getLogger(__name__)
@@ -49,18 +49,22 @@ class GlobalBatch:
     """One optimiser step's share for one process.
 
     Attributes:
-        micro: micro-batches; the weights in them sum to 1 over all processes (for plain masks).
-        kept: targets in the global batch, all processes together.
+        micro: micro-batches; the weights in them sum to 1 over all processes (for plain masks),
+            and negative ones to -1 (for weights of -1).
+        kept: targets in the global batch, all processes together; those of negative weight are not
+            counted.
         responses: response tokens in the global batch, kept or not.
+        negative: targets of negative weight in the global batch.
     """
 
     micro: list[Batch]
     kept: int
     responses: int
+    negative: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GlobalBatch:
         moved = [batch.to(device, non_blocking) for batch in self.micro]
-        return GlobalBatch(moved, self.kept, self.responses)
+        return GlobalBatch(moved, self.kept, self.responses, self.negative)
 
 
 class TuluDataModule(LightningDataModule):
@@ -77,6 +81,8 @@ class TuluDataModule(LightningDataModule):
         source_column: column with the sample's source.
         subsets: parts the pool is split into, D_0 first.
         subset: part or parts to use in ``fit`` and ``score``; all by default.
+        targets: tokens that ``score`` scores: ``response``, or ``prompt`` for a control table, of
+            all other tokens but a sample's first. ``fit`` and ``clean`` train on responses alone.
         order: ``shuffle`` (seeded) before the split, or the name of a numeric column: rows with the
             largest values come first, so that D_0 is the best-rated part.
         validation_path: samples for the validation loss.
@@ -105,6 +111,7 @@ class TuluDataModule(LightningDataModule):
         source_column: str = "source",
         subsets: int = 5,
         subset: int | list[int] | None = None,
+        targets: Targets = "response",
         order: str = "shuffle",
         validation_path: str | None = None,
         validation_share: float = 0.0,
@@ -125,7 +132,7 @@ class TuluDataModule(LightningDataModule):
             "source_column": source_column,
         }
         self.template, self.max_length, self.on_bad_line = template, max_length, on_bad_line
-        self.subsets, self.order = subsets, order
+        self.subsets, self.order, self.targets = subsets, order, targets
         self.subset = [subset] if isinstance(subset, int) else subset
         self.validation_path, self.validation_share = validation_path, validation_share
         self.test_path = test_path
@@ -224,6 +231,8 @@ class TuluDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the pools (on every process)."""
+        if stage == "fit":
+            self._refuse_prompts()
         tokeniser = self.tokeniser
         self.table: ArrowTable
         if self.cleaned_folder:
@@ -287,7 +296,9 @@ class TuluDataModule(LightningDataModule):
     # -- loaders ------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
-        return self.training_loader(TokenRows(self.table, self.chosen_rows()))
+        module = None if self.trainer is None else self.trainer.lightning_module
+        rows = TokenRows(self.table, self.chosen_rows())
+        return self.training_loader(rows, getattr(module, "carry", ()))
 
     def val_dataloader(self) -> Any:
         if self.validation is None:
@@ -295,7 +306,11 @@ class TuluDataModule(LightningDataModule):
         return self.scoring_loader(TokenRows(self.validation))
 
     def predict_dataloader(self) -> DataLoader:
-        return self.scoring_loader(TokenRows(self.pool, self.chosen_rows()))
+        return self.scoring_loader(self.scored_rows())
+
+    def scored_rows(self) -> TokenRows:
+        """What ``score`` scores: the targets of the chosen rows of the pool."""
+        return TokenRows(self.pool, self.chosen_rows(), self.targets)
 
     def scoring_loader(self, rows: TokenRows) -> DataLoader:
         """Length-sorted batches of at most ``token_budget`` tokens; this rank's share of them."""
@@ -308,10 +323,25 @@ class TuluDataModule(LightningDataModule):
         mine = PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
         return DataLoader(mine, batch_size=None)
 
-    def training_loader(self, rows: TokenRows) -> DataLoader:
-        """Global batches of ``batch_size`` samples in the run's seeded order."""
-        if not rows.counts.any():
+    def training_loader(self, rows: TokenRows, carry: Sequence[str] = ()) -> DataLoader:
+        """Global batches of ``batch_size`` samples in the run's seeded order.
+
+        Args:
+            rows: what to train on.
+            carry: what its samples must bring along: `CleanedSFTModule.carry`.
+
+        Raises:
+            ValueError: if nothing carries loss, or a target lacks what it must bring along.
+        """
+        self._refuse_prompts()
+        if not (rows.counts > rows.negative).any():
             raise ValueError("data.path: no token carries loss, so there is nothing to train on")
+        if rows.negative.any() and self.reduction == "published":
+            raise ValueError(
+                "data.reduction: published does not go with a cleaned pool of negative weights; "
+                "use tokens"
+            )
+        rows = rows.carrying(carry) if carry else rows
         rank, world = self._place()
         steps = _Steps(
             rows=rows if self.cut else rows.to_the_end(),
@@ -325,6 +355,12 @@ class TuluDataModule(LightningDataModule):
             world=world,
         )
         return _StepLoader(steps)
+
+    def _refuse_prompts(self) -> None:
+        if self.targets != "response":
+            raise ValueError(
+                f"data.targets: {self.targets} is for `score` alone; training is on responses"
+            )
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -373,20 +409,30 @@ class _Steps(Dataset[GlobalBatch]):
     def __getitem__(self, key: tuple[int, int]) -> GlobalBatch:
         epoch, step = key
         members = self._epoch(epoch)[step]
-        factors = self._factors(self.rows.counts[members])
+        negative = int(self.rows.negative[members].sum())
+        factors = self._factors((self.rows.counts - self.rows.negative)[members])
         mine = share_of_rank(self.rows.lengths[members], self.rank, self.world)
         samples = []
         for place in mine:
             sample = self.rows[int(members[place])]
-            sample.weights = sample.weights * np.float32(factors[place])
+            weights = sample.weights
+            sample.weights = weights * np.float32(factors[place])
+            if negative:  # those are a mean of their own
+                sample.weights[weights < 0.0] = weights[weights < 0.0] / np.float32(negative)
             samples.append(sample)
         lengths = self.rows.lengths[members[mine]]
         plan = plan_batches(lengths, self.budget, self.layout)
         return GlobalBatch(
             micro=[collate([samples[i] for i in b], self.layout, self.pad_id) for b in plan],
-            kept=int(self.rows.counts[members].sum()),
+            kept=int(self.rows.counts[members].sum()) - negative,
             responses=int(self.rows.responses[members].sum()),
+            negative=negative,
         )
+
+    def tokens_per_step(self) -> int:
+        """Tokens that a process computes in one step, on average."""
+        share = self.batch_size / self.world
+        return int(np.ceil(self.rows.lengths.mean() * min(share, len(self.rows))))
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         if self._planned is None or self._planned[0] != epoch:

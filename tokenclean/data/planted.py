@@ -13,6 +13,9 @@ family:
 * ``irrelevant``: a sentence off topic before or after the answer (label 0);
 * ``boilerplate``: a courtesy that the base has read often (label 0).
 
+Off by default: several ``irrelevant_sentences`` instead of one, and ``answerless`` responses, which
+hold noise alone.
+
 A labelled span never starts or ends with whitespace, so a token that carries its leading blank
 belongs to one side only. Whatever carries no label is informative (1).
 
@@ -103,7 +106,9 @@ class PlantedSettings:
     irrelevant: float = 0.35
     irrelevant_kinds: tuple[IrrelevantKind, ...] = get_args(IrrelevantKind)
     irrelevant_first: float = 0.3
+    irrelevant_sentences: int = 1
     boilerplate: float = 0.3
+    answerless: float = 0.0
     multi_turn: float = 0.05
     system: float = 0.05
 
@@ -113,10 +118,16 @@ class PlantedSettings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in (
-            "corrupted", "irrelevant", "irrelevant_first", "boilerplate", "multi_turn", "system",
+            "corrupted", "irrelevant", "irrelevant_first", "boilerplate", "answerless",
+            "multi_turn", "system",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.irrelevant_sentences < 1:
+            raise ValueError(
+                f"irrelevant_sentences must be at least 1, got {self.irrelevant_sentences}; "
+                "irrelevant 0 plants none"
+            )
         if self.corruption not in get_args(Corruption):
             raise ValueError(f"corruption must be random or systematic, got {self.corruption!r}")
         for name, allowed in (
@@ -128,12 +139,13 @@ class PlantedSettings:
                 raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {chosen!r}")
 
     def scaled(self, factor: float) -> PlantedSettings:
-        """Multiply the three noise rates by `factor`, none above 1; 0 gives a clean pool."""
+        """Multiply the noise rates by `factor`, none above 1; 0 gives a clean pool."""
         return replace(
             self,
             corrupted=min(1.0, self.corrupted * factor),
             irrelevant=min(1.0, self.irrelevant * factor),
             boilerplate=min(1.0, self.boilerplate * factor),
+            answerless=min(1.0, self.answerless * factor),
         )
 
 
@@ -466,29 +478,41 @@ def respond(
     stray_first = rng.random() < settings.irrelevant_first
     polite_first = rng.random() < 0.5
     courtesy = rng.choice(BOILERPLATE_FIRST if polite_first else BOILERPLATE_LAST)
+    # What few pools have is drawn apart: the draws above are the same for all.
+    apart = Random(f"{question.text}/{sentence}/{courtesy}/{wrong}")
+    answerless = apart.random() < settings.answerless
+    sentences = [sentence] + [
+        irrelevant_sentence(question.family, apart.choice(settings.irrelevant_kinds), apart)
+        for _ in range(settings.irrelevant_sentences - 1)
+    ]
 
     noise: set[str] = set()
     before: list[str] = []
     after: list[str] = []
     value = question.value
-    if corrupt < settings.corrupted:
+    if corrupt < settings.corrupted and not answerless:
         noise.add("corrupted")
         value = wrong
-    if stray < settings.irrelevant:
+    if stray < settings.irrelevant or answerless:
         noise.add("irrelevant")
-        (before if stray_first else after).append(sentence)
+        (before if stray_first else after).extend(sentences)
     if polite < settings.boilerplate:
         noise.add("boilerplate")
         if polite_first:
             before.insert(0, courtesy)
         else:
             after.append(courtesy)
+    if answerless:
+        noise.add("answerless")
+        before, after = before + after, []
 
     text = ""
     spans: list[tuple[int, int, int]] = []
     for piece in before:
         spans.append((len(text), len(text) + len(piece), UNINFORMATIVE))
         text += piece + " "
+    if answerless:
+        return text.rstrip(), spans, noise
     text += question.head
     if "corrupted" in noise:
         spans.append((len(text), len(text) + len(value), CORRUPTED))
@@ -670,7 +694,9 @@ HELP: Final = {
     "irrelevant": "rate of inserted sentences off topic",
     "irrelevant_kinds": "kinds of these sentences",
     "irrelevant_first": "share of them that stand before the answer",
+    "irrelevant_sentences": "sentences off topic in a response that has any",
     "boilerplate": "rate of courtesies",
+    "answerless": "rate of responses without an answer: off topic instead",
     "multi_turn": "share of conversations with two questions",
     "system": "share of conversations with a system turn",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -22,7 +22,10 @@ from tokenclean.data.batches import Batch
 from tokenclean.data.datamodule import GlobalBatch
 from tokenclean.estimate import ModelShape, needs_checkpointing
 from tokenclean.models import BaseConfig, LoraSettings, Network, adapter_folders
+from tokenclean.named import Value
 from tokenclean.scoring.module import check_precision, use_layout
+from tokenclean.training.online import weigh_globally, weighted_pass
+from tokenclean.training.weights import make_weighting
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,20 @@ class CleanedSFTModule(LightningModule):
     the masks follow the order in which micro-batches are computed: runs that cut the global batch
     differently draw different dropout; the loss they estimate is the same.
 
+    A cleaned pool may have negative weights (the rule ``forgetting``, arXiv 2508.04329): tokens to
+    unlearn. With P the targets of the global batch whose weight is not negative and Q the others,
+    the loss of step s = 0 ... S - 1 is
+
+        sum_P w nll / |P| + lambda sum_Q w nll / |Q|,   lambda = negative_weight s / (S - 1)
+
+    and no step is taken where P is empty.
+
+    Online weights (``weighting``) multiply each token's own; see `tokenclean.training.weights`. A
+    weighting that depends on one token or one sample costs a few operations per token. One that
+    depends on the whole batch needs all its losses before the first backward pass: activations of
+    all micro-batches of a process are in memory at once, where otherwise those of one are.
+    ``weighting_scope: micro`` spares that memory and takes each micro-batch for the batch.
+
     Args:
         base: the base model.
         adapters: PEFT adapter folders (or runs that hold one) to stand on, frozen, in this order.
@@ -57,6 +74,12 @@ class CleanedSFTModule(LightningModule):
             kept token, so that the others' activations need not be kept. Approximate: what a
             dropped token's row feeds into later ones through attention is taken for constant.
         save_merged: also write base and adapters as one ordinary model.
+        weighting: online token weights: a file of ``tokenclean/training/weighting``, or a module of
+            your own by its dotted name; null: none.
+        weighting_options: its options.
+        weighting_scope: what a weighting takes for the batch: ``global``, the samples of one
+            optimiser step over all processes, or ``micro``, those of one forward pass.
+        negative_weight: what lambda, above, rises to.
     """
 
     def __init__(
@@ -71,6 +94,10 @@ class CleanedSFTModule(LightningModule):
         gradient_checkpointing: bool | Literal["auto"] = "auto",
         backward: Literal["exact", "kept_tokens"] = "exact",
         save_merged: bool = False,
+        weighting: str | None = None,
+        weighting_options: dict[str, Value] | None = None,
+        weighting_scope: Literal["global", "micro"] = "global",
+        negative_weight: float = 0.25,
     ):
         super().__init__()
         if not 0.0 <= warmup_ratio < 1.0:
@@ -93,6 +120,14 @@ class CleanedSFTModule(LightningModule):
         if backward == "kept_tokens" and base.load_in_4bit:
             raise ValueError("model.backward: kept_tokens does not go with 4-bit weights")
         self.backward_rows: str = backward
+        self.weighting_scope: str = weighting_scope
+        self.use_weighting(weighting, weighting_options)
+        if negative_weight < 0.0:
+            raise ValueError(
+                f"model.negative_weight: {negative_weight} is negative; the weights of tokens to "
+                "unlearn are already"
+            )
+        self.negative_weight = negative_weight
         self.gradient_checkpointing, self.save_merged = gradient_checkpointing, save_merged
         #: set it beforehand to train what is already in memory
         self.network: Network | None = None
@@ -110,6 +145,33 @@ class CleanedSFTModule(LightningModule):
         self.validation_nll = MeanMetric()
         self._seed = 0
         self._loader_state: dict[str, int] | None = None
+
+    def use_weighting(self, name: str | None, options: dict[str, Value] | None = None) -> None:
+        """Set ``weighting`` and ``weighting_options``, before training.
+
+        Raises:
+            ValueError: for unknown ones, or what they do not go with.
+        """
+        if name is None and options:
+            raise ValueError("model.weighting_options: there is no model.weighting to take them")
+        self.weighting_name = name
+        self.weighting = None if name is None else make_weighting(name, options)
+        if self.weighs_globally and self.backward_rows == "kept_tokens":
+            raise ValueError(
+                f"model.weighting: {name} looks at the whole batch, which does not go with "
+                "model.backward: kept_tokens; set model.weighting_scope to micro"
+            )
+
+    @property
+    def weighs_globally(self) -> bool:
+        """Whether all losses of a step are needed before any backward pass."""
+        batch = self.weighting is not None and self.weighting.scope == "batch"
+        return batch and self.weighting_scope == "global"
+
+    @property
+    def carry(self) -> tuple[str, ...]:
+        """What training samples must bring along: for `TuluDataModule.training_loader`."""
+        return () if self.weighting is None else self.weighting.carry
 
     # -- set-up -------------------------------------------------------------------------------
 
@@ -158,6 +220,8 @@ class CleanedSFTModule(LightningModule):
             return self.gradient_checkpointing
         loader: Any = self.trainer.train_dataloader
         budget: int = loader.dataset.budget
+        if self.weighs_globally:
+            budget = max(budget, loader.dataset.tokens_per_step())
         mixed = "mixed" in str(self.trainer.precision)
         needed = needs_checkpointing(
             ModelShape.of_config(self.network.hf.config, self.base.trust_remote_code),
@@ -210,6 +274,31 @@ class CleanedSFTModule(LightningModule):
             loader: Any = self.trainer.train_dataloader
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
+        self._look_at_weights()
+
+    def _look_at_weights(self) -> None:
+        """Say what a weighting takes for its batch, and what that costs.
+
+        Raises:
+            ValueError: if tokens are to be weighted and others to be unlearnt.
+        """
+        if self.weighting is None:
+            return
+        loader: Any = self.trainer.train_dataloader
+        if loader.dataset.rows.negative.any():
+            raise ValueError(
+                "model.weighting: this cleaned pool has negative weights (rule forgetting), which "
+                "online weights do not go with; leave it out"
+            )
+        if self.weighs_globally:
+            tokens, budget = loader.dataset.tokens_per_step(), loader.dataset.budget
+            log.info(
+                "%s weighs tokens over the global batch: activations of about %d tokens are in "
+                "memory at once, where otherwise those of %d are",
+                *(self.weighting_name, tokens, min(tokens, budget)),
+            )
+        elif self.weighting.scope == "batch":
+            log.info("%s weighs tokens over each micro-batch", self.weighting_name)
 
     def training_step(self, batch: GlobalBatch, batch_idx: int) -> None:
         """One optimiser step over one global batch.
@@ -226,24 +315,25 @@ class CleanedSFTModule(LightningModule):
         self._draw_from(int(np.random.SeedSequence(place).generate_state(1)[0]))
         with self.network.clock(tokens):
             optimizer.zero_grad()
-            loss = self._accumulate(batch)
+            found = self._accumulate(batch)
             norm = self._gradient_norm()
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.global_step}: lower the learning rate "
                 "or set model.gradient_clip"
             )
-        # A batch whose every sample was emptied teaches nothing: the schedule goes on, the
+        # A batch whose every token was dropped teaches nothing: the schedule goes on, the
         # optimiser's momentum does not move the weights.
         rate = scheduler.get_last_lr()[0]
-        if batch.kept:
+        if batch.kept and found.get("train/weight_mean", 1.0):
             with self.network.clock():
                 optimizer.step()
         scheduler.step()
         self.kept_seen += batch.kept
         self.response_seen += batch.responses
+        loss = found["train/loss"]
         self.last_step = {
-            "train/loss": loss,
+            **found,
             "train/learning_rate": rate,
             "train/gradient_norm": norm,
             "train/kept_share": batch.kept / max(batch.responses, 1),
@@ -265,28 +355,79 @@ class CleanedSFTModule(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _accumulate(self, batch: GlobalBatch) -> float:
-        """Backward through every micro-batch of this process; the global loss, for the log."""
+    def _accumulate(self, batch: GlobalBatch) -> dict[str, float]:
+        """Backward through every micro-batch of this process.
+
+        Returns:
+            For the log, of the global batch: ``train/loss``; with a weighting the mean of its
+            weights and the share that is 0; with negative weights lambda.
+        """
         assert self.network is not None
         strategy: Any = self.trainer.strategy
         world = self.trainer.world_size
+        alone = not isinstance(strategy, ParallelStrategy) or not hasattr(
+            strategy, "block_backward_sync"
+        )
+        found: dict[str, float] = {}
+        if batch.negative:
+            found["train/negative_weight"] = self._lambda()
         total = torch.zeros((), device=self.device)
-        for number, micro in enumerate(batch.micro):
+        #: over this process's tokens: the loss weights, the online weights, how many of those are 0
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for number, (nll, weights, online) in enumerate(self._losses(batch)):
+            if batch.negative:
+                weights = torch.where(weights < 0.0, weights * self._lambda(), weights)
             last = number == len(batch.micro) - 1
-            alone = not isinstance(strategy, ParallelStrategy) or not hasattr(
-                strategy, "block_backward_sync"
-            )
             with nullcontext() if last or alone else strategy.block_backward_sync():
-                loss = (self.network(micro) * micro.weights).sum()
+                loss = (nll * weights).sum()
                 # Processes average their gradients; the weights already sum to one over all.
                 self.manual_backward(loss * world)
             total += loss.detach()
+            if online is not None:
+                sums += torch.stack([weights.double().sum(), online.sum(), (online == 0.0).sum()])
         if not batch.micro:
             # Every process takes part in the exchange of gradients, even with nothing to say.
             nothing = sum((p * 0.0).sum() for p in self.parameters() if p.requires_grad)
             assert isinstance(nothing, Tensor)
             self.manual_backward(nothing)
-        return float(strategy.reduce(total, reduce_op="sum"))
+        found["train/loss"] = float(strategy.reduce(total, reduce_op="sum"))
+        if self.weighting is not None:
+            weight, online_sum, zeros = strategy.reduce(sums, reduce_op="sum").tolist()
+            found["train/weight_mean"] = online_sum / max(batch.kept, 1)
+            found["train/weight_zero_share"] = zeros / max(batch.kept, 1)
+            if self.weighting.mean_over == "weights" and weight > 0.0:
+                # Known only now; gradients are linear in the weights.
+                found["train/loss"] /= weight
+                for parameter in self.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad /= weight
+        return found
+
+    def _lambda(self) -> float:
+        """What negative weights are multiplied by in this step."""
+        trainer: Any = self.trainer
+        steps = int(trainer.estimated_stepping_batches)
+        return self.negative_weight * trainer.fit_loop.total_batch_idx / max(steps - 1, 1)
+
+    def _losses(self, batch: GlobalBatch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Of each micro-batch: losses, loss weights, and online weights if there are any; (N,)."""
+        assert self.network is not None
+        if self.weighting is None:
+            for micro in batch.micro:
+                yield self.network(micro), micro.weights, None
+            return
+        if self.weighs_globally:
+            if not batch.kept:
+                return
+            passes = [weighted_pass(self.network, m, self.weighting) for m in batch.micro]
+            parts = weigh_globally(self.weighting, [tokens for _, tokens in passes], self.trainer)
+            for micro, (nll, _), online in zip(batch.micro, passes, parts, strict=True):
+                yield nll, micro.weights * online.to(micro.weights.dtype), online
+        else:
+            for micro in batch.micro:
+                nll, tokens = weighted_pass(self.network, micro, self.weighting)
+                online = self.weighting.weigh(tokens)
+                yield nll, micro.weights * online.to(micro.weights.dtype), online
 
     def _gradient_norm(self) -> float:
         trained = [p for p in self.parameters() if p.grad is not None]

@@ -18,7 +18,7 @@ for word in "$@"; do
     esac
 done
 # rounds, scores, examples and theory read the runs of main
-[ ${#studies[@]} -gt 0 ] || studies=(main rounds scores examples theory ours keep references regimes samples schedule)
+[ ${#studies[@]} -gt 0 ] || studies=(main rounds scores examples theory ours rules noise keep references regimes samples schedule)
 setup_environment ""
 cd "$root"
 # One thread: models this small run many times slower on two.

@@ -20,7 +20,7 @@ from typing import Any
 from tokenclean.costs import quantity, seconds_text
 
 #: in the order of the paper's tables; others follow by name
-ORDER = ("main", "rounds", "scores", "examples", "theory", "ours", "keep", "references", "regimes")
+ORDER = ("main", "rounds", "scores", "examples", "theory", "ours", "rules", "noise", "keep")
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 
 

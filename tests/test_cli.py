@@ -72,6 +72,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         **dict.fromkeys(("fit", "score"), "--data.path"),
         **dict.fromkeys(("select", "clean"), "--selection.keep"),
         "evaluate": "--against",
+        "noise": "--alignment",
         "study": "--study.seeds",
         "results": "--reports",
     }

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning.apply import ScoredRows, clean
-from tokenclean.cleaning.loop import Arm, halves
+from tokenclean.cleaning.arms import Arm, halves
 from tokenclean.commands import select as select_verb
 from tokenclean.data.cleaned import DATA
 from tokenclean.data.datamodule import TuluDataModule

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tokenclean import commands
-from tokenclean.cleaning.loop import Arm, LoopConfig
+from tokenclean.cleaning.arms import Arm, LoopConfig
 from tokenclean.data.batches import collate
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, Network, adapter_tensors, trained_ids

@@ -59,8 +59,8 @@ def test_the_base_is_asked_for_what_the_arms_read_and_once(finished: Path) -> No
 
 def test_xtf_from_full_logits_and_full_attention_maps(finished: Path, model_folder: Path) -> None:
     """Every reason again in float64, from the weights alone."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     rows = rows_of(finished / "arms" / "xtf")
     embedding = model.get_input_embeddings().weight.detach().double()
     words = [w for word in WORDS for w in (word, f" {word}")]

@@ -17,8 +17,12 @@ FLOORS: list[set[str]] = [
     {"training"},
     {"cleaning"},
     {"plan"},
-    {"commands", "study", "cli", "__main__"},
+    {"commands", "noise_verb", "study", "cli", "__main__"},
 ]
+
+
+#: Folders of many small files that the file map lists as one.
+FAMILIES = ("rules", "weighting")
 
 
 def floor(room: str) -> int:
@@ -71,6 +75,6 @@ def test_the_readmes_file_map_is_the_tree() -> None:
     tree = {
         str(p.relative_to(ROOT))
         for p in (ROOT / "tokenclean").rglob("*.py")
-        if p.name not in ("__init__.py", "__main__.py")
+        if p.name not in ("__init__.py", "__main__.py") and p.parent.name not in FAMILIES
     }
     assert listed == tree

@@ -14,7 +14,7 @@ from test_loop import planted_file, run
 from test_training import relative
 
 from tokenclean import commands
-from tokenclean.cleaning.loop import Arm
+from tokenclean.cleaning.arms import Arm
 
 ONLINE = {
     "full": {"schedule": "fixed_model", "rule": "full"},
@@ -126,3 +126,26 @@ def test_arms_with_contradictory_weights_are_refused(model_folder: Path, tmp_pat
             tmp_path, model_folder, planted_file(tmp_path), "--model.backward", "kept_tokens",
             arms={"talr": {"schedule": "fixed_model", "rule": "full", "weighting": "talr"}},
         )  # fmt: skip
+
+
+def test_the_estimate_counts_a_whole_step_in_memory(model_folder: Path, tmp_path: Path) -> None:
+    """A weighting over the global batch holds eight samples at once, others two or so."""
+    arms = {
+        name: {"schedule": "fixed_model", "rule": "full", "weighting": name}
+        for name in ("dft", "talr")
+    }
+    words = [
+        *("--model.base.name", str(model_folder), "--data.path", str(planted_file(tmp_path))),
+        *("--data.batch_size", "8", "--data.token_budget", "60", "--trainer.max_epochs", "1"),
+        *("--data.cache_dir", str(tmp_path / "cache"), "--outputs", str(tmp_path)),
+        *("--loop.arms", json.dumps(arms), "--trainer.accelerator", "cpu"),
+    ]
+
+    def peaks(*options: str) -> dict[str, int]:
+        costs = commands.clean_costs([*words, *options])
+        return {c.arm: c.peak_memory for c in costs if c.stage == "train" and c.arm in arms}
+
+    found, micro = peaks(), peaks("--model.weighting_scope", "micro")
+    own = micro["dft"]
+    assert found["talr"] > found["dft"] + 1_000_000  # the process's own memory is in both
+    assert abs(micro["talr"] - own) < 1_000_000

@@ -16,6 +16,7 @@ VERBS = {
     "select": ("commands", "two score tables and a rule -> cleaned pool; no model, no GPU"),
     "clean": ("commands", "the whole loop: warm up, score, select, train, for one or many arms"),
     "evaluate": ("evaluation.verb", "run benchmarks of lm-evaluation-harness on models and arms"),
+    "noise": ("noise_verb", "how much of a run's pool is informative, by arm and source"),
     "study": ("study.verb", "many runs of the loop: arms x seeds x settings, and their tables"),
     "results": ("study.verb", "print the tables of finished runs and studies again"),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import sys
 import time
 import warnings
@@ -23,7 +22,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tokenclean.arrow import MANIFEST, complete_folder, read_manifest, write_json
 from tokenclean.cleaning.apply import ScoredRows, reasons_table
 from tokenclean.cleaning.apply import clean as clean_rows
-from tokenclean.cleaning.loop import CleaningLoop, LoopConfig
+from tokenclean.cleaning.arms import LoopConfig
+from tokenclean.cleaning.loop import CleaningLoop
 from tokenclean.cleaning.results import results_markdown
 from tokenclean.costs import (
     SHARED,
@@ -44,11 +44,13 @@ from tokenclean.models import (
     TRAINED_IDS,
     BaseConfig,
     LoraSettings,
+    Network,
     check_base,
     load_tokenizer,
     trained_ids,
 )
 from tokenclean.models.loading import load_config
+from tokenclean.named import importable
 from tokenclean.plan import Planner, Rows
 from tokenclean.runs import (
     SUMMARY,
@@ -61,6 +63,7 @@ from tokenclean.runs import (
 from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
+from tokenclean.scoring.probe import Probe, sentence_ends, write_probe
 from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.rule import describe_need
 from tokenclean.selection.select import SelectionConfig
@@ -73,12 +76,14 @@ log = logging.getLogger("tokenclean")
 set_parsing_settings(
     import_path_denylist=["*"],
     import_path_allowlist=[
-        "tokenclean",
         "lightning.pytorch",
         "torch.optim",
-        *filter(None, os.environ.get("TOKENCLEAN_ALLOW_IMPORTS", "").split(",")),
+        *importable(),
     ],
 )
+
+#: folder of a run of `score`, beside its table
+PROBE = "probe"
 
 _USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
@@ -125,6 +130,14 @@ class _Cli(LightningCLI):
             action="store_true",
             help="print what the run would cost (FLOPs, time, memory, disk) instead of doing it",
         )
+        if self.verb == "score":
+            parser.add_argument(
+                "--probe",
+                type=bool,
+                default=False,
+                help="also look at responses after other samples' prompts (one device), which "
+                "`select --selection.keep auto` needs of base and reference",
+            )
         if self.verb == "clean":
             parser.add_class_arguments(SelectionConfig, "selection")
             parser.add_class_arguments(LoopConfig, "loop")
@@ -233,7 +246,7 @@ def fit(argv: list[str]) -> None:
                 {
                     "steps": trainer.global_step,
                     "samples": len(rows),
-                    "kept_tokens": int(rows.counts.sum()),
+                    "kept_tokens": int((rows.counts - rows.negative).sum()),
                     "response_tokens": int(rows.responses.sum()),
                     **metrics,
                     **ledger.summary(),
@@ -266,6 +279,8 @@ def score(argv: list[str]) -> None:
             module.load(trainer.strategy.root_device)
             assert module.network is not None
             data.layout = module.network.layout
+            if cli.plain["probe"]:
+                _write_probe(cli, module.network, rows.rows)
             # The base is what others ask for again; a reference belongs to one run.
             cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
             if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
@@ -285,6 +300,30 @@ def score(argv: list[str]) -> None:
                     "table": str(table),
                 },
             )
+
+
+def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> None:
+    if cli.trainer.world_size > 1:
+        raise ValueError("--probe: it runs on one device; score on one (--trainer.devices 1)")
+    data: TuluDataModule = cli.datamodule
+    if data.targets == "prompt":
+        raise ValueError("--probe: it looks at responses; leave data.targets out")
+    if (cli.folder / PROBE / MANIFEST).is_file():
+        return
+    adapters = (Path(folder) for folder in (cli.model.base.name, *cli.model.adapters))
+    network.to(cli.trainer.strategy.root_device)
+    network.check_on_device()
+    with network.merged():
+        write_probe(
+            cli.folder / PROBE,
+            network,
+            data.pool,
+            rows,
+            sentence_ends(data.tokeniser.tokenizer),
+            data.token_budget,
+            set().union(*map(trained_ids, adapters)),
+            int(cli.config["seed_everything"]),
+        )
 
 
 def select(argv: list[str]) -> None:
@@ -339,9 +378,12 @@ def select(argv: list[str]) -> None:
             f"--base and --reference score different rows of the pool ({len(base)} and "
             f"{len(reference)}); score the same data.subset with both models"
         )
+    probes = None
+    if settings.keep == "auto":
+        probes = _probe(config.base, "base"), _probe(config.reference, "reference")
     open_run(folder, plain)
     with log_to(folder):
-        scored = ScoredRows(pool, rows, base, reference, round=config.round)
+        scored = ScoredRows(pool, rows, base, reference, config.round, probes)
         selected = clean_rows(scored, settings, config.seed, folder / "cleaned")
         by_reason = {}
         if selected.rule.reasons:
@@ -394,6 +436,11 @@ def fit_costs(argv: list[str]) -> list[Cost]:
     cli = _Cli("fit", CleanedSFTModule, argv, _TRAINING_PRECISION)
     cli.attach_tokenizer(cli.model.base)
     return _fit_estimate(cli, cli.model)[1]
+
+
+def loop_of(argv: list[str]) -> CleaningLoop:
+    """The loop that the options of `clean` ask for; nothing is run, and no folder is opened."""
+    return _loop(argv, _begin())[1]
 
 
 def _loop(argv: list[str], begun: float) -> tuple[_Cli, CleaningLoop, str]:
@@ -451,7 +498,7 @@ def _clean_estimate(
 def _planner(cli: _Cli, module: CleanedSFTModule, scoring_precision: str) -> Planner:
     return Planner(
         *(cli.datamodule, module.base, module.lora, cli.trainer, scoring_precision),
-        module.gradient_checkpointing,
+        *(module.gradient_checkpointing, module.weighting_scope),
     )
 
 
@@ -461,7 +508,8 @@ def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> tuple[Planner, list[Co
     # validation runs in the precision of training
     planner = _planner(cli, module, str(cli.trainer.precision))
     rows = Rows.of(TokenRows(data.table, data.chosen_rows()))
-    cost = planner.train(cli.folder.name, rows, stack=len(module.adapters))
+    stack = len(module.adapters)
+    cost = planner.train(cli.folder.name, rows, stack=stack, at_once=module.weighs_globally)
     if any(isinstance(callback, ModelCheckpoint) for callback in _callbacks(cli.trainer)):
         # trained float32 weights and both moments of AdamW
         cost.disk += 12 * planner.shape.trained(module.lora)
@@ -520,6 +568,16 @@ def _tensorboard(folder: Path) -> TensorBoardLogger:
 def _callbacks(trainer: Any) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks
     return callbacks
+
+
+def _probe(path: str, option: str) -> Probe:
+    for folder in (Path(path) / PROBE, Path(path).parent / PROBE):
+        if (folder / MANIFEST).is_file():
+            return Probe.read(folder)
+    raise ValueError(
+        f"selection.keep: auto needs a probe of --{option}, and {path} has none; score it with "
+        "--probe true (both models, with the same data.subset), or give a number"
+    )
 
 
 def _score_table(path: str, option: str) -> ScoreTable:

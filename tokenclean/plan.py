@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenclean.cleaning.loop import LoopConfig, halves
+from tokenclean.cleaning.arms import LoopConfig, halves
 from tokenclean.costs import (
     SHARED,
     Cost,
@@ -45,11 +45,15 @@ from tokenclean.estimate import (
 from tokenclean.machine import free_memory, matmul_rate
 from tokenclean.models import BaseConfig, LoraSettings
 from tokenclean.models.loading import load_config
+from tokenclean.scoring.probe import SAMPLES
+from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import columns_needed
 from tokenclean.selection.select import SelectionConfig
 
 #: Response tokens that `select` ranks and writes per second on one core.
 SELECTED_PER_SECOND = 1e6
+#: Bytes of a probe per response token: its losses, and those of about as many prompt tokens.
+PROBE_BYTES = 4 * (PARTNERS + 3)
 #: A score table's bytes: per response token (position, id, loss) and per row (id, row, offsets).
 TABLE_BYTES, TABLE_ROW_BYTES = 12, 40
 #: What every further column adds to both.
@@ -89,6 +93,7 @@ class Planner:
         trainer: its Lightning Trainer.
         scoring_precision: precision that it scores in.
         checkpointing: ``auto``, or whether activations are recomputed.
+        weighting_scope: what online weights take for the batch, see `CleanedSFTModule`.
     """
 
     def __init__(
@@ -99,7 +104,9 @@ class Planner:
         trainer: Any,
         scoring_precision: str,
         checkpointing: bool | str = False,
+        weighting_scope: str = "global",
     ):
+        self.weighting_scope = weighting_scope
         self.data, self.trainer = data, trainer
         self.device: torch.device = trainer.strategy.root_device
         self.shape = ModelShape.of_config(load_config(base), base.trust_remote_code)
@@ -149,6 +156,20 @@ class Planner:
             work = work + Work.of(rows.counts, rows.counts)
         return self._passes(cost, work, replace(self.scoring, stack=stack), [rows])
 
+    def probe(self, arm: str, rows: Rows, round: int | None = None, stack: int = 1) -> list[Cost]:
+        """Probes of base and reference, see `tokenclean.scoring.probe`."""
+        some = rows[np.arange(min(len(rows.lengths), SAMPLES))]
+        once = Work.of(some.lengths, some.counts)
+        return [
+            self._passes(
+                Cost(arm, "score", round, disk=PROBE_BYTES * once.targets),
+                once * (PARTNERS + 1),
+                replace(self.scoring, stack=depth),
+                [some],
+            )
+            for depth in (0, stack)
+        ]
+
     def evaluate(self, arm: str, stack: int = 0) -> list[Cost]:
         """Test and validation pass of a finished arm; none where there is nothing to measure."""
         pools = [rows for rows in (self.test, self.validation) if rows is not None]
@@ -166,8 +187,12 @@ class Planner:
         round: int | None = None,
         stack: int = 0,
         epochs: int | None = None,
+        at_once: bool = False,
     ) -> Cost:
         """Training, over ``stack`` frozen adapters, with its validation passes.
+
+        Args:
+            at_once: a whole step's activations are in memory, see `CleanedSFTModule`.
 
         Raises:
             ValueError: if neither epochs nor steps are limited.
@@ -176,9 +201,12 @@ class Planner:
         steps, per_epoch = planned_steps(self.trainer, -(-len(rows.lengths) // size), epochs)
         work = Work.of_steps(rows.lengths, rows.counts, size, seed, steps, per_epoch)
         groups = [rows[members] for members in plan_epoch(len(rows.lengths), size, seed, 0)]
-        cost = self._passes(
-            Cost(arm, "train", round), work, replace(self.training, stack=stack), groups
-        )
+        setting = replace(self.training, stack=stack)
+        cost = self._passes(Cost(arm, "train", round), work, setting, groups)
+        if at_once:
+            steps_tokens = (sum(self._micro_batches(group.lengths)) for group in groups)
+            most = -(-max(steps_tokens, default=0) // self.trainer.world_size)
+            cost.peak_memory = self.own + peak_bytes(self.shape, setting, most, self.checkpointing)
         if self.validation is not None:
             once = Work.of(self.validation.lengths, self.validation.counts)
             passes = validation_passes(self.trainer, steps // per_epoch)
@@ -265,19 +293,29 @@ class Planner:
                 costs.append(self.score(SHARED, half, stack=1, columns=found))
         for name, arm in loop.arms.items():
             chosen = arm.selection(selection)
+            online = arm.make_weighting()
+            batch_scope = online is not None and online.scope == "batch"
+            at_once = batch_scope and self.weighting_scope == "global"
             depth = 1
             if arm.schedule in ("fixed_model", "cross_fitted"):
                 kept = _kept(rows, truth, chosen)
+                if chosen.estimates_keep:
+                    crossed = arm.schedule == "cross_fitted"
+                    for part in halves(parts) if crossed else [np.arange(len(rows.lengths))]:
+                        costs += self.probe(SHARED, rows[part])
                 costs.append(self.select(name, rows, scored=arm.needs_reference))
-                costs.append(self.train(name, kept))
+                costs.append(self.train(name, kept, at_once=at_once))
             elif arm.schedule == "self_evolving":
                 for number, part in enumerate(parts[1:], start=1):
                     needs = arm.needs(selection)
                     costs += self._round(name, needs, loop, number, rows[part], depth)
+                    if chosen.estimates_keep:
+                        costs += self.probe(name, rows[part], number, depth)
                     informative = None if truth is None else truth[part]
                     kept = _kept(rows[part], informative, chosen)
                     one = self.lora is None or loop.continue_adapter
-                    costs.append(self.train(name, kept, number, 0 if one else depth))
+                    stack = 0 if one else depth
+                    costs.append(self.train(name, kept, number, stack, at_once=at_once))
                     depth += not one
                     if loop.evaluate_rounds:
                         costs += self.evaluate(name, depth)
@@ -393,15 +431,16 @@ def _informative(pool: TokenPool) -> np.ndarray | None:
 def _kept(rows: Rows, informative: np.ndarray | None, selection: SelectionConfig) -> Rows:
     """Rows with as many targets as the rule keeps; where they lie is not known."""
     counts = rows.counts
+    share = 1.0 if selection.keep == "auto" else selection.keep  # at most
     if selection.rule == "oracle":
         if informative is None:
             raise ValueError("loop.arms: oracle needs a pool with planted truth")
         counts = informative
     elif selection.make().ranked:  # of the others it cannot be known
         if selection.scope == "sample":
-            counts = (counts * selection.keep).astype(np.int64)
+            counts = (counts * share).astype(np.int64)
         else:
             # Spread over the rows; the sum is int(n * keep).
-            running = (np.cumsum(counts) * selection.keep).astype(np.int64)
+            running = (np.cumsum(counts) * share).astype(np.int64)
             counts = np.diff(running, prepend=0)
     return Rows(rows.lengths, counts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tokenclean.named import make, names_in
 from tokenclean.selection.rule import PACKAGE, Rule, TokenBlock, columns_needed, make_rule
@@ -239,37 +240,30 @@ def test_every_file_is_a_rule() -> None:
         assert all(n.split(".")[0] in ("base", "reference", "pool") for n in rule.needs)
 
 
-#: A rule of one's own, as the README shows it.
-SHORTEST = '''
-from dataclasses import dataclass
-
-import numpy as np
-
-from tokenclean.selection.rule import Rule, TokenBlock
-
-
-@dataclass
-class Middle(Rule):
-    """Keep what the base finds neither easy nor hard."""
-
-    target: float = 1.0  # nats
-
-    needs = ("base.nll",)
-
-    def priority(self, block: TokenBlock) -> np.ndarray:
-        return -np.abs(block["base.nll"].astype(np.float64) - self.target)
-'''
+def shown_in_the_readme() -> tuple[str, str]:
+    """The Python file and the YAML of the README's example, without their indentation."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    start = readme.index("    # ours/middle.py")
+    end = readme.index("A rule that decides by itself", start)
+    lines = [line[4:] for line in readme[start:end].rstrip().splitlines()]
+    assert len(lines) < 30
+    text = "\n".join(lines)
+    code, _, rest = text.partition("# middle.yaml")
+    return code, rest.partition("TOKENCLEAN_ALLOW_IMPORTS")[0]
 
 
-def test_a_rule_is_added_without_touching_the_package(
+def test_the_rule_of_the_readme_works_without_touching_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    code, configuration = shown_in_the_readme()
+    arm = yaml.safe_load(configuration)["loop"]["arms"]["middle"]
+    assert arm == {"schedule": "fixed_model", "rule": "ours.middle", "options": {"target": 2.0}}
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "middle.py").write_text(SHORTEST)
+    (tmp_path / "ours" / "middle.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="set TOKENCLEAN_ALLOW_IMPORTS=ours"):
         SelectionConfig("ours.middle")
     monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "other,ours")
     blocks = pool({"base.nll": [0.0, 1.0, 2.5, 3.0, 0.5, 9.0, 1.25, 4.0]})
     assert kept(blocks, "ours.middle") == [0, 1, 4, 6]
-    assert kept(blocks, "ours.middle", target=3.0) == [2, 3, 6, 7]
+    assert kept(blocks, "ours.middle", **arm["options"]) == [1, 2, 3, 6]

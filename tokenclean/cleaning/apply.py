@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -17,7 +18,9 @@ from tokenclean.arrow import BLOCK_VALUES, ListColumn, lists_of
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
+from tokenclean.scoring.probe import Probe, share
 from tokenclean.scoring.table import ScoreTable, scores
+from tokenclean.selection.noise import MIN_SAMPLES, SIGNIFICANT
 from tokenclean.selection.rule import (
     BELOW_CUT,
     KEPT,
@@ -31,6 +34,8 @@ from tokenclean.selection.rule import (
 from tokenclean.selection.select import Selected, SelectionConfig, select
 from tokenclean.selection.topk import Histogram
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class ScoredRows:
@@ -43,6 +48,7 @@ class ScoredRows:
             rules that need no such table.
         reference: the same under the reference model.
         round: number of the round, stored with every row.
+        probes: of base and reference, where the keep share is to be estimated.
     """
 
     pool: TokenPool
@@ -50,11 +56,17 @@ class ScoredRows:
     base: ScoreTable | None
     reference: ScoreTable | None
     round: int
+    probes: tuple[Probe, Probe] | None = None
 
     def __post_init__(self) -> None:
         for table in (self.base, self.reference):
             if table is not None:
                 table.check_pool(self.pool)
+                if table.manifest.get("targets") == "prompt":
+                    raise ValueError(
+                        f"{table.folder} holds the losses of prompt tokens (data.targets: prompt); "
+                        "a rule reads those of response tokens"
+                    )
         if self.base is not None and self.reference is not None:
             one, other = self.base.manifest["model"], self.reference.manifest["model"]
             if one == other:
@@ -219,6 +231,7 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         ValueError: if the rule needs a table, a column or a truth that is not there.
     """
     scored.check(config)
+    config, estimated = with_share(scored, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     selected = select(
         lambda: scored.blocks(config),
@@ -244,9 +257,42 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
             "cut": selected.cut,
             "near_cut": selected.near_cut,
             "noise": scored.noise,
+            "share": estimated,
         },
     )
     return selected
+
+
+def with_share(
+    scored: ScoredRows, config: SelectionConfig
+) -> tuple[SelectionConfig, dict[str, Any] | None]:
+    """The settings with a number for ``keep: auto``, and what that number rests on.
+
+    Raises:
+        ValueError: if there are no probes to estimate it from.
+    """
+    if not config.estimates_keep:
+        return config, None
+    if scored.probes is None:
+        raise ValueError(
+            "selection.keep: auto needs a probe of both models; score both with --probe true, or "
+            "give a number"
+        )
+    found = share([scored.probes], scored.pool)
+    if not found.whole.signal:
+        log.warning(
+            "selection.keep: auto: no signal, so every token is kept. In %d samples (at least %d "
+            "are asked) the reference ties responses to their prompts by %.1f standard errors, and "
+            "better than the base by %.1f (more than %.0f of both are asked)",
+            *(found.whole.samples, MIN_SAMPLES, found.whole.tie, found.whole.gain, SIGNIFICANT),
+        )
+    else:
+        log.info(
+            "selection.keep: auto: %.3f to %.3f of the response tokens are informative; keeping "
+            "%.3f",
+            *(found.whole.lower, found.whole.upper, found.keep),
+        )
+    return dataclasses.replace(config, keep=found.keep), found.to_json()
 
 
 def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> dict[str, Any]:
@@ -353,6 +399,8 @@ def _cleaned_batches(
             },
             schema=schema,
         )
+    for source in sorted(tally):  # however the blocks were cut
+        tally[source] = dict(sorted(tally.pop(source).items(), key=lambda item: int(item[0])))
 
 
 def _count(

@@ -16,6 +16,7 @@ that appears only when it is complete, so a run that was cut off goes on where i
       arms/<arm>/answers.json which test questions its model answers right
       halves/without_<h>/     cross-fitted: cleaned/ (the other half, all kept), adapter/
       scores/half_<h>/        cross-fitted: a half's rows under that model
+      scores/<table>_probe/   keep: auto: base/ and reference/, see scoring/probe.py
       arms/<arm>/half_<h>/    cross-fitted: cleaned/ (that half)
       arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
 """
@@ -26,10 +27,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ from lightning import Trainer, seed_everything
 
 from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, read_manifest, write_json
 from tokenclean.cleaning.apply import ScoredRows, add_up, clean, reasons_table
+from tokenclean.cleaning.arms import Arm, LoopConfig, Schedule, halves
 from tokenclean.cleaning.results import ANSWERS, RESULT, ArmResult, write_results
 from tokenclean.costs import (
     SHARED,
@@ -65,145 +67,18 @@ from tokenclean.models import (
     trained_ids,
 )
 from tokenclean.models.loading import load_config
-from tokenclean.named import Value
 from tokenclean.runs import stop_if_interrupted
 from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
+from tokenclean.scoring.probe import Probe, sentence_ends, share, write_probe
 from tokenclean.scoring.table import Column, ScoreTable
+from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import columns_needed
-from tokenclean.selection.select import Scope, SelectionConfig
+from tokenclean.selection.select import SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
-
-Schedule = Literal["warmup", "fixed_model", "cross_fitted", "self_evolving"]
-
-
-@dataclass
-class Arm:
-    """One way to clean and train.
-
-    Args:
-        schedule: ``warmup`` stops after D_0 (the paper's DS2 row). ``fixed_model`` scores the whole
-            pool once and trains the base on the result. ``cross_fitted`` does so with two
-            references, the base trained on either half of the pool: each scores the half that it
-            has not seen. ``self_evolving`` takes D_1 ... D_T in turn: the model after the last
-            round is the reference, and training goes on from it.
-        rule: see `SelectionConfig`.
-        scope: see `SelectionConfig`.
-        keep: share of response tokens kept; null takes the run's ``selection.keep``, which an
-            arm's own keep overrides.
-        options: of the rule; null takes the run's ``selection.options`` if the run's rule is the
-            same, else the rule's defaults.
-    """
-
-    schedule: Schedule
-    rule: str = "token_cleaning"
-    scope: Scope = "global"
-    keep: float | None = None
-    options: dict[str, Value] | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            self.selection(SelectionConfig())
-        except ValueError as error:
-            raise ValueError(str(error).replace("selection.", "loop.arms: ", 1)) from None
-        if self.schedule == "cross_fitted" and not self.needs_reference:
-            raise ValueError(
-                f"loop.arms: rule {self.rule} asks no reference, so there is nothing to cross-fit; "
-                "give it the schedule fixed_model"
-            )
-
-    def selection(self, run: SelectionConfig) -> SelectionConfig:
-        """The run's selection settings with this arm's own put in."""
-        keep = run.keep if self.keep is None else self.keep
-        options = self.options
-        if options is None:
-            options = run.options if run.rule == self.rule else {}
-        return replace(run, rule=self.rule, options=options, scope=self.scope, keep=keep)
-
-    def describe(self, run: SelectionConfig) -> str:
-        """One line for the log, with what applies to this arm and nothing else."""
-        if self.schedule == "warmup":
-            return "every response token of D_0"
-        selection = self.selection(run)
-        text = f"schedule {self.schedule}, rule {self.rule}"
-        if selection.options:
-            text += f" ({', '.join(f'{k} {v}' for k, v in selection.options.items())})"
-        if not selection.make().ranked:
-            return text
-        own = "" if self.keep is None else " (the arm's own)"
-        return f"{text}, scope {self.scope}, keep {selection.keep}{own}"
-
-    def needs(self, run: SelectionConfig) -> tuple[str, ...]:
-        """Columns that the arm reads, ``table.column``; see `TokenBlock`."""
-        return () if self.schedule == "warmup" else self.selection(run).needs
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it asks for losses under a reference, which no option changes."""
-        return columns_needed(self.needs(SelectionConfig()), "reference") is not None
-
-    def needs_warmup(self, reference: str | None) -> bool:
-        """Whether the warm-up model must be trained.
-
-        Args:
-            reference: what scores for fixed-model arms in its place.
-        """
-        if self.schedule == "fixed_model":
-            return self.needs_reference and reference is None
-        return self.schedule != "cross_fitted"
-
-
-@dataclass
-class LoopConfig:
-    """What the loop runs.
-
-    Args:
-        arms: name -> arm, run in this order.
-        warmup_epochs: epochs on D_0; null takes the trainer's ``max_epochs`` (the paper: 1).
-        half_epochs: epochs on either half of the pool, for cross-fitted arms; null takes the
-            trainer's ``max_epochs``.
-        warmup_learning_rate: of the warm-up; null takes the optimizer's own (the paper: the same).
-        score_base: the base of round t's score: ``theta_0`` (the text and the released scripts of
-            arXiv 2502.01968) or ``previous``, theta_{t-1}, as its Algorithm 1 prints.
-        continue_adapter: go on training one adapter instead of a fresh one per round.
-        reference: scores the pool for fixed-model arms instead of the warm-up model: a LoRA adapter
-            of the base, a run that holds one, or another model with the base's vocabulary (folder
-            or hub name).
-        warmup: an earlier run's ``warmup`` folder, to take its model instead of training one; it
-            must have been trained on this run's D_0.
-        evaluate_rounds: also measure the warm-up model and the model after every round.
-    """
-
-    arms: dict[str, Arm] = field(default_factory=dict)
-    warmup_epochs: int | None = None
-    half_epochs: int | None = None
-    warmup_learning_rate: float | None = None
-    score_base: Literal["theta_0", "previous"] = "theta_0"
-    continue_adapter: bool = False
-    reference: str | None = None
-    warmup: str | None = None
-    evaluate_rounds: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.arms:
-            raise ValueError("loop.arms: no arm given; configs/clean/ has one file per arm")
-        for name in self.arms:
-            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-                raise ValueError(f"loop.arms: {name!r} cannot be a folder name")
-        if "base" in self.arms:
-            raise ValueError("loop.arms: `base` is always run; give the arm another name")
-        if self.score_base == "previous" and self.continue_adapter:
-            raise ValueError(
-                "loop.score_base: previous needs one adapter per round; it does not go with "
-                "loop.continue_adapter"
-            )
-        for name in ("warmup_epochs", "half_epochs"):
-            epochs = getattr(self, name)
-            if epochs is not None and epochs < 1:
-                raise ValueError(f"loop.{name}: {epochs}; at least 1 is needed")
 
 
 class CleaningLoop:
@@ -242,6 +117,13 @@ class CleaningLoop:
             raise ValueError("model.adapters: `clean` starts from the bare base; leave them out")
         if self.template.lora is None and loop.score_base == "previous":
             raise ValueError("loop.score_base: previous needs LoRA rounds, not full fine-tuning")
+        if self.template.weighting is not None:
+            raise ValueError(
+                "model.weighting: `clean` trains warm-up and references without weights; give it "
+                "to an arm, as loop.arms.<name>.weighting"
+            )
+        for arm in loop.arms.values():
+            make_module().use_weighting(arm.weighting, arm.weighting_options)
         self._device = make_trainer(logger=False).strategy.root_device
         self._network: Network | None = None
         # Full fine-tuning changes the weights in place: theta_0 must then be read again.
@@ -288,6 +170,7 @@ class CleaningLoop:
         Raises:
             ValueError: naming the option.
         """
+        self.data.refuse_prompts()
         needs = {n: a.needs(self.selection) for n, a in self.loop.arms.items()}
         rated = [n for n, found in needs.items() if "pool.quality" in found]
         if rated and self.data.order == "shuffle":
@@ -346,6 +229,15 @@ class CleaningLoop:
             network.load_adapter(folder)
         network.freeze()
         return network
+
+    def fresh_adapter(self) -> Network:
+        """theta_0 under a new LoRA, where it computes, ready for gradients and without dropout."""
+        assert self.template.lora is not None
+        network = self._at_base()
+        self._holds_base = False
+        seed_everything(self.seed, verbose=False)
+        network.add_adapter(self.template.lora)
+        return network.to(self._device).eval()
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -540,16 +432,20 @@ class CleaningLoop:
         round_number: int,
         epochs: int | None = None,
         learning_rate: float | None = None,
+        arm: Arm | None = None,
     ) -> None:
         """Train what is in memory on ``step/cleaned``; ``step/adapter`` gets the new weights.
 
-        The seed depends on the round alone: arms differ in what they train on, nothing else.
+        The seed depends on the round alone: arms differ in what they train on and how it is
+        weighted, nothing else.
         """
         network = self.network
         self._holds_base = False
         seed_everything(self.seed + round_number, verbose=False)
         module = self.make_module()
         module.network, module.learning_rate = network, learning_rate
+        if arm is not None:
+            module.use_weighting(arm.weighting, arm.weighting_options)
         if self.loop.continue_adapter and network.stack:
             module.continue_round()
         else:
@@ -561,7 +457,7 @@ class CleaningLoop:
         with self._measured("train", step) as cost:
             trainer.fit(
                 module,
-                self.data.training_loader(rows),
+                self.data.training_loader(rows, module.carry),
                 None if validation is None else self.data.scoring_loader(TokenRows(validation)),
             )
             stop_if_interrupted(trainer)
@@ -600,32 +496,35 @@ class CleaningLoop:
 
     def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
         """Select once over the whole pool and train theta_0 on it."""
-        base = self._base_scores() if self._asks(selection, "base") else None
-        reference = self._reference_scores() if self._asks(selection, "reference") else None
-        scored = ScoredRows(self.pool, np.arange(len(self.pool)), base, reference, round=1)
+        base = self._base_scores() if self._asks(arm, "base") else None
+        reference = self._reference_scores() if self._asks(arm, "reference") else None
+        rows = np.arange(len(self.pool))
+        probes = self._fixed_probes() if selection.estimates_keep else None
+        scored = ScoredRows(self.pool, rows, base, reference, round=1, probes=probes)
         self._clean(scored, selection, folder)
         if not _is_trained(folder):
             self._at_base()
-            self._train(folder, [], round_number=1)
+            self._train(folder, [], round_number=1, arm=arm)
         return folder / "adapter"
 
     def _cross_fitted(
         self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
     ) -> Path:
         """`_fixed` with a reference per half of the pool, trained on the other half."""
-        base = self._base_scores() if self._asks(selection, "base") else None
+        base = self._base_scores() if self._asks(arm, "base") else None
         split = halves(parts)
         steps = [folder / "half_1", folder / "half_2"]
         for number, (step, rows) in enumerate(zip(steps, split, strict=True), start=1):
             reference = self._half_scores(number, rows, split[2 - number])
-            scored = ScoredRows(self.pool, rows, base, reference, round=1)
+            probes = self._half_probes(number, rows) if selection.estimates_keep else None
+            scored = ScoredRows(self.pool, rows, base, reference, round=1, probes=probes)
             if scored.seen.any():
                 raise RuntimeError(f"half {number} is scored by a model that was trained on it")
             self._clean(scored, selection, step)
         self._join(folder, steps, arm, selection)
         if not _is_trained(folder):
             self._at_base()
-            self._train(folder, [], round_number=1)
+            self._train(folder, [], round_number=1, arm=arm)
         return folder / "adapter"
 
     def _half_scores(self, number: int, rows: np.ndarray, other: np.ndarray) -> ScoreTable:
@@ -647,9 +546,8 @@ class CleaningLoop:
             columns=self._columns("reference", "cross_fitted"),
         )
 
-    @staticmethod
-    def _asks(selection: SelectionConfig, table: str) -> bool:
-        return columns_needed(selection.needs, table) is not None
+    def _asks(self, arm: Arm, table: str) -> bool:
+        return columns_needed(arm.needs(self.selection), table) is not None
 
     def _rounds(
         self, arm: Arm, selection: SelectionConfig, folder: Path, parts: list[np.ndarray]
@@ -663,28 +561,107 @@ class CleaningLoop:
                 self._at(stack)
                 in_memory = True
             base = reference = None
-            if self._asks(selection, "base"):
+            if self._asks(arm, "base"):
                 base = self._round_base(step, rows, stack)
-            if self._asks(selection, "reference"):
+            if self._asks(arm, "reference"):
                 reference = self._score(
                     step / "scores",
                     rows,
                     lambda: self.network,
                     stack,
                     against=base,
-                    columns=columns_needed(selection.needs, "reference"),
+                    columns=columns_needed(arm.needs(self.selection), "reference"),
                 )
-            scored = ScoredRows(self.pool, rows, base, reference, round=number)
+            probes = self._round_probes(step, rows, stack) if selection.estimates_keep else None
+            scored = ScoredRows(self.pool, rows, base, reference, round=number, probes=probes)
             if scored.seen.any():
                 raise RuntimeError(f"round {number} scores rows that its reference was trained on")
             self._clean(scored, selection, step)
             if not _is_trained(step):
-                self._train(step, stack, number)
+                self._train(step, stack, number, arm=arm)
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
             if self.loop.evaluate_rounds:
                 pool = CleanedPool(step / "cleaned", self._cache)
                 self._evaluated(f"round_{number}", step, stack, pool, is_arm=False)
         return stack
+
+    # -- probes, for keep: auto ---------------------------------------------------------------
+
+    def probes(self, name: str) -> list[tuple[Probe, Probe]]:
+        """Of base and reference, for every step of an arm that has them; made if need be.
+
+        The pool must be set up, and the models trained.
+        """
+        arm, parts = self.loop.arms[name], self.data.subset_rows()
+        if not arm.needs_reference:
+            return []
+        if arm.schedule == "fixed_model":
+            return [self._fixed_probes()]
+        if arm.schedule == "cross_fitted":
+            return [self._half_probes(h, rows) for h, rows in enumerate(halves(parts), start=1)]
+        found, stack = [], [self.folder / "warmup" / "adapter"]
+        for number, rows in enumerate(parts[1:], start=1):
+            step = self.folder / "arms" / name / f"round_{number}"
+            found.append(self._round_probes(step, rows, stack))
+            stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
+        return found
+
+    def _fixed_probes(self) -> tuple[Probe, Probe]:
+        """Of theta_0 and the reference of fixed-model arms, on rows that it has not seen."""
+        if self.reference is None:
+            name, adapters = "warmup", [self.folder / "warmup" / "adapter"]
+        else:
+            name, (config, adapters) = "reference", self.reference
+            if config is not self.template.base:
+                raise ValueError(
+                    "selection.keep: auto compares a base with a model trained from it, and "
+                    f"loop.reference names another model, {config.name}; give a number"
+                )
+        rows = np.flatnonzero(~self.pool.ids.among(_trained_on(adapters)))
+        return self._probes(self.folder / "scores" / f"{name}_probe", rows, [], adapters)
+
+    def _half_probes(self, number: int, rows: np.ndarray) -> tuple[Probe, Probe]:
+        """Of theta_0 and the model that has not seen a half, on that half's rows."""
+        adapter = self.folder / "halves" / f"without_{number}" / "adapter"
+        return self._probes(self.folder / "scores" / f"half_{number}_probe", rows, [], [adapter])
+
+    def _round_probes(self, step: Path, rows: np.ndarray, stack: list[Path]) -> tuple[Probe, Probe]:
+        """Of a round's base and reference; the reference is in memory afterwards."""
+        before = [] if self.loop.score_base == "theta_0" else stack[:-1]
+        return self._probes(step / "probe", rows, before, stack)
+
+    def _probes(
+        self, folder: Path, rows: np.ndarray, base: list[Path], reference: list[Path]
+    ) -> tuple[Probe, Probe]:
+        """Probes of two models on the same draw of rows, made where they are not there yet.
+
+        Args:
+            folder: gets ``base/`` and ``reference/``.
+            rows: among which to draw.
+            base, reference: what is stacked on theta_0.
+        """
+        found = []
+        for name, adapters in (("base", base), ("reference", reference)):
+            place = folder / name
+            if not (place / MANIFEST).is_file():
+                network = self._at(adapters).to(self._device)
+                network.check_on_device()
+                with self._measured("score", folder) as cost, network.merged():
+                    probe = write_probe(
+                        place,
+                        network,
+                        self.pool,
+                        rows,
+                        sentence_ends(self.data.tokeniser.tokenizer),
+                        self.data.token_budget,
+                        _trained_on(adapters),
+                        self.seed,
+                    )
+                    once = TokenRows(self.pool, probe.rows)
+                    charge_scoring(cost, self.shape, *[once] * (1 + PARTNERS))
+                    cost.disk = directory_bytes([place])
+            found.append(Probe.read(place))
+        return found[0], found[1]
 
     @property
     def _replaces(self) -> bool:
@@ -714,6 +691,11 @@ class CleaningLoop:
             self._known.add(step / "cleaned")
             cost.samples, cost.targets = len(scored.rows), len(selected.keep)
             cost.disk = directory_bytes([step / "cleaned"])
+        if not selected.kept:
+            raise ValueError(
+                f"loop.arms: the rule {selection.rule} keeps none of the {selected.ranked} "
+                f"response tokens of {step}; loosen its options"
+            )
         if selected.rule.reasons:
             log.info("%s", reasons_table(read_manifest(step / "cleaned", CLEANED)))
         log.info(
@@ -735,7 +717,7 @@ class CleaningLoop:
         row_of_id = {id: row for row, id in enumerate(self.pool.ids)}
         order = np.argsort([row_of_id[id] for pool in pools for id in pool.values("id")])
         kept_facts = (
-            "base", "reference", "ranked_tokens", "kept_tokens", "cut", "near_cut", "noise"
+            "base", "reference", "ranked_tokens", "kept_tokens", "cut", "near_cut", "noise", "share"
         )  # fmt: skip
         manifest = {
             **pools[0].manifest,
@@ -746,7 +728,7 @@ class CleaningLoop:
             "ranked_tokens": sum(p.manifest["ranked_tokens"] for p in pools),
             "kept_tokens": sum(p.manifest["kept_tokens"] for p in pools),
             # these differ from step to step and stand with each of them
-            **dict.fromkeys(("base", "reference", "cut", "near_cut", "noise")),
+            **dict.fromkeys(("base", "reference", "cut", "near_cut", "noise", "share")),
             "reasons": {k: v for p in pools for k, v in p.manifest["reasons"].items()},
             "tokens_by_reason": add_up([p.manifest["tokens_by_reason"] for p in pools]),
             "rows_seen_by_reference": sum(p.manifest["rows_seen_by_reference"] for p in pools),
@@ -757,6 +739,8 @@ class CleaningLoop:
         else:
             manifest["rounds"] = facts
             manifest["ranked_tokens"] -= facts[0]["ranked_tokens"]  # D_0 is not ranked
+        if selection.estimates_keep:
+            manifest["share"] = share(self.probes(folder.name), self.pool).to_json()
         blocks = (
             batch
             for first in range(0, len(order), ROWS_PER_SHARD)
@@ -857,15 +841,14 @@ class CleaningLoop:
         return self.data.cache_dir
 
 
-def halves(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """Two halves of the pool, with as much of every part in one as in the other."""
-    return [np.sort(np.concatenate([part[i::2] for part in parts])) for i in (0, 1)]
-
-
 def _share_near_the_cut(share: float | None, noise: float | None) -> str:
     if share is None or noise is None:
         return ""
     return f" ({share:.2%} within the numerical noise of it, {noise:.1e})"
+
+
+def _trained_on(adapters: list[Path]) -> set[str]:
+    return set().union(*(trained_ids(adapter) for adapter in adapters))
 
 
 def _is_trained(step: Path) -> bool:

@@ -232,7 +232,7 @@ class TuluDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the pools (on every process)."""
         if stage == "fit":
-            self._refuse_prompts()
+            self.refuse_prompts()
         tokeniser = self.tokeniser
         self.table: ArrowTable
         if self.cleaned_folder:
@@ -333,7 +333,7 @@ class TuluDataModule(LightningDataModule):
         Raises:
             ValueError: if nothing carries loss, or a target lacks what it must bring along.
         """
-        self._refuse_prompts()
+        self.refuse_prompts()
         if not (rows.counts > rows.negative).any():
             raise ValueError("data.path: no token carries loss, so there is nothing to train on")
         if rows.negative.any() and self.reduction == "published":
@@ -356,7 +356,8 @@ class TuluDataModule(LightningDataModule):
         )
         return _StepLoader(steps)
 
-    def _refuse_prompts(self) -> None:
+    def refuse_prompts(self) -> None:
+        """Training is on responses; raises ValueError if ``targets`` says otherwise."""
         if self.targets != "response":
             raise ValueError(
                 f"data.targets: {self.targets} is for `score` alone; training is on responses"

@@ -20,6 +20,8 @@ from tokenclean.selection.topk import (
 )
 
 Scope = Literal["global", "sample", "whole_sample"]
+#: A share in (0, 1], or what the pool itself says; see `tokenclean.selection.noise`.
+Keep = float | Literal["auto"]
 
 
 @dataclass
@@ -35,6 +37,9 @@ class SelectionConfig:
             the paper's RHO arm works), or whole samples by the mean over their tokens
             (``whole_sample``): the best ones whose tokens together are no more than int(n * keep).
         keep: share of response tokens kept, in (0, 1]; kept = int(n * keep) of the scope's n.
+            ``auto`` keeps the upper end of the estimated informative share, or everything where the
+            reference gives no signal (`tokenclean.selection.noise`); for rules that rank by the
+            score over the whole pool.
         always_keep_eos: rank every end-of-sequence target first. The number kept stays
             int(n * keep) unless there are more such targets than that.
         exclude_seen: neither rank nor train on rows that the reference was trained on.
@@ -43,7 +48,7 @@ class SelectionConfig:
 
     rule: str = "token_cleaning"
     scope: Scope = "global"
-    keep: float = 0.6
+    keep: Keep = 0.6
     always_keep_eos: bool = False
     exclude_seen: bool = False
     options: dict[str, Value] = field(default_factory=dict)
@@ -54,7 +59,13 @@ class SelectionConfig:
             raise ValueError(
                 f"selection.scope: {self.scope!r} is not one of {', '.join(get_args(Scope))}"
             )
-        if not 0.0 < self.keep <= 1.0:
+        if self.keep == "auto":
+            if self.estimates_keep and not (rule.by_score and self.scope == "global"):
+                raise ValueError(
+                    "selection.keep: auto goes with rules that rank by the score (token_cleaning) "
+                    f"at scope global, not with {self.rule} at scope {self.scope}; give a number"
+                )
+        elif not 0.0 < self.keep <= 1.0:
             raise ValueError(
                 f"selection.keep: {self.keep} is not a share in (0, 1]; the paper keeps 0.6"
             )
@@ -76,6 +87,24 @@ class SelectionConfig:
     def needs(self) -> tuple[str, ...]:
         """Columns that the rule reads, ``table.column``."""
         return self.make().needs
+
+    @property
+    def estimates_keep(self) -> bool:
+        """The keep share is asked for, and is not known yet."""
+        return self.keep == "auto" and self.make().ranked
+
+    @property
+    def share(self) -> float:
+        """The keep share as a number.
+
+        Raises:
+            ValueError: while it is still ``auto``.
+        """
+        if self.keep == "auto":
+            raise ValueError(
+                "selection.keep: auto must be estimated before tokens are ranked; give a number"
+            )
+        return self.keep
 
     @property
     def ranks_plainly(self) -> bool:
@@ -155,7 +184,7 @@ def select(
             for _, _, keys in _ranked(blocks, rule, config, seed):
                 histogram.add(keys)
         # End-of-sequence targets that go first may be more than the share.
-        budget = max(int(histogram.total() * config.keep), histogram.firsts())
+        budget = max(int(histogram.total() * config.share), histogram.firsts())
         key, above = kth_largest(
             lambda: (keys for _, _, keys in _ranked(blocks, rule, config, seed)), budget, histogram
         )
@@ -255,7 +284,7 @@ def _sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int
         stops = np.cumsum(counts)
         starts = stops - counts
         row = np.repeat(np.arange(len(counts)), counts)
-        budget = (counts * config.keep).astype(np.int64)
+        budget = (counts * config.share).astype(np.int64)
         if config.always_keep_eos:
             budget = np.maximum(budget, np.bincount(row[keys == FIRST], minlength=len(counts)))
         cuts = np.full(len(counts), FIRST, dtype=np.uint64)
@@ -282,7 +311,7 @@ def _whole_sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, see
         sizes.append(np.where(rankable, block.counts, 0))
     mean, size = np.concatenate([[], *means]), np.concatenate([np.zeros(0, np.int64), *sizes])
     order = np.argsort(-mean, kind="stable")  # of equals, the earlier row
-    fits = np.cumsum(size[order]) <= int(size.sum() * config.keep)
+    fits = np.cumsum(size[order]) <= int(size.sum() * config.share)
     chosen = np.zeros(len(size), dtype=bool)
     chosen[order[fits]] = True
     chosen &= size > 0

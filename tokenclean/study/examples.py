@@ -179,7 +179,7 @@ def read_examples(cell: Cell) -> list[dict[str, Example]]:
             for id, number in zip(pool.values("id"), pool.values("round"), strict=True)
             if number == 0
         }
-        tokenizer = _tokenizer(cell)
+        tokenizer = tokenizer_of(cell)
         rows = {
             arm: {id: row for row, id in enumerate(pool.values("id"))}
             for arm, pool in pools.items()
@@ -194,12 +194,17 @@ def read_examples(cell: Cell) -> list[dict[str, Example]]:
         ]
 
 
-def _tokenizer(cell: Cell) -> Any:
+def tokenizer_of(cell: Cell) -> Any:
+    """The tokenizer of a run's base.
+
+    Raises:
+        ValueError: if the run's configuration does not name the base.
+    """
     base = (cell.config().get("model") or {}).get("base") or {}
     if "name" not in base:
         raise ValueError(
             f"{cell.folder}: its config.yaml does not name model.base, so its tokens cannot be "
-            "decoded; leave the report `examples` out"
+            "decoded; leave reports that read them (`examples`, `rules`) out"
         )
     known = ("name", "tokenizer", "revision", "trust_remote_code")
     return load_tokenizer(BaseConfig(**{key: base[key] for key in known if key in base}))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -151,6 +152,37 @@ def _cloud(axes: Axes, cloud: Cloud, labels: list[str], limits: tuple[float, flo
     axes.set_ylim(limits)
     axes.set_box_aspect(1)
     axes.set_title(cloud.title, fontsize=10)
+
+
+def draw_matrix(
+    path: Path, labels: list[str], values: list[list[float | None]], title: str
+) -> None:
+    """A square of numbers between -1 and 1 as a heat map, with the numbers in it.
+
+    Args:
+        path: of the PNG; the numbers go beside it as CSV.
+        labels: of rows and columns.
+        values: row by row; None leaves a square white.
+        title: what the numbers are.
+    """
+    size = 1.8 + 0.42 * len(labels)
+    figure = Figure(figsize=(size + 0.8, size), dpi=150)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    numbers = np.array(values, dtype=np.float64)
+    # violet to orange: told apart by all readers, and by their darkness where printed grey
+    image = axes.imshow(numbers, cmap="PuOr", vmin=-1, vmax=1)
+    for (row, column), value in np.ndenumerate(numbers):
+        if not np.isnan(value):
+            colour = "white" if abs(value) > 0.6 else "black"
+            text = f"{value:z.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    figure.colorbar(image, ax=axes, label=title, shrink=0.7)
+    save(figure, path)
+    rows = [[label, *row] for label, row in zip(labels, values, strict=True)]
+    write_numbers(path, ["", *labels], rows)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -32,7 +32,9 @@ from tokenclean.study.cells import (
 from tokenclean.study.compare import difference, missing_answers, questions_note
 from tokenclean.study.examples import examples_tables
 from tokenclean.study.figures import Line, draw_lines
+from tokenclean.study.noise import noise_tables
 from tokenclean.study.rounds import rounds_tables
+from tokenclean.study.rules import rules_tables
 from tokenclean.study.scores import scores_tables
 from tokenclean.study.theory import theory_tables
 
@@ -343,7 +345,9 @@ REPORTS: dict[str, Report] = {
     "mask": mask_tables,
     "variants": variant_tables,
     "rounds": rounds_tables,
+    "rules": rules_tables,
     "scores": scores_tables,
     "examples": examples_tables,
+    "noise": noise_tables,
     "theory": theory_tables,
 }

@@ -17,8 +17,9 @@ SYMMETRIC = 4
 class Soft(Rule):
     """Keep tokens whose score is likelier than its negative, and weigh them by how much.
 
-    w = max(0, 1 - f(-z) / f(z)), z = score / scale; see `TailRatio`. Like every use of the score's
-    sign it takes the format that a reference has learnt for information.
+    w = max(0, 1 - f(-z) / f(z)), z the score, f its density among tokens of like base loss; see
+    `TailRatio`. Like every use of the score's sign it takes the format that a reference has learnt
+    for information.
     """
 
     needs = ("base.nll", "reference.nll")

@@ -186,11 +186,11 @@ def test_a_rule_is_one_file_and_one_yaml(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the command line, from a folder that the package does not know."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "first.py").write_text(OURS)
+    (tmp_path / "own_rules").mkdir()
+    (tmp_path / "own_rules" / "first.py").write_text(OURS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "mine")
-    arm = {"schedule": "fixed_model", "rule": "mine.first", "options": {"tokens": 3}}
+    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "own_rules")
+    arm = {"schedule": "fixed_model", "rule": "own_rules.first", "options": {"tokens": 3}}
     (tmp_path / "first.yaml").write_text(yaml.safe_dump({"loop": {"arms": {"first": arm}}}))
     data = planted_file(tmp_path)
     cli.main(

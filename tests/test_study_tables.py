@@ -422,6 +422,7 @@ def write_pool(folder: Path, rows: list[dict[str, Any]], truth: bool = True, **f
             )
             for r in rows
         ],
+        "priority": [[None] * len(r["ids"]) for r in rows],
         "reason": [[0] * len(r["ids"]) for r in rows],
         "weight": [[1.0] * len(r["ids"]) for r in rows],
         "round": [r["round"] for r in rows],

@@ -51,10 +51,6 @@ LEFT_OUT: Final = {
         "they rank whole samples and say nothing of a sample's tokens; see "
         "configs/study/samples.yaml"
     ),
-    "soft": (
-        "its weight is 0 for every token of the planted pool: tokens that the base is sure of can "
-        "lose much and gain nothing, so the largest scores in units of their scale are negative"
-    ),
     "talr with the normaliser of its paper": (
         "the normaliser is not known to us; the arm scales the weights to mean 1 over the batch"
     ),
@@ -244,8 +240,8 @@ class _Rules:
         rows: list[list[Any]] = [[one, *(means[one, other] for other in arms)] for one in arms]
         notes = [
             "Cohen's kappa of two keep masks over the response tokens that both ranked (1: the "
-            "same masks, 0: no more than chance). Arms that keep everything are left out. Random arms "
-            "of one run share their draws: the tokens of a smaller one are among those of a larger.",
+            "same masks, 0: no more than chance). Arms that keep everything are left out. Random "
+            "arms of one run share their draws: what a smaller one keeps, a larger one keeps too.",
         ]
         table = self._table("kappa", "Agreement of the masks", ["arm", *arms], rows, notes)
         if len(arms) > 1:

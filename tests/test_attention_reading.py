@@ -181,7 +181,7 @@ def test_layers_are_counted_and_refused() -> None:
     network = Network(tiny_llama(60))
     batch = collate([sample(0, 5)])
     for layer in (2, -3):
-        with pytest.raises(ValueError, match=rf"layer {layer} of attention: LlamaFor.* has 2"):
+        with pytest.raises(ValueError, match=f"no layer {layer}; the model has 2"):
             network.hidden(batch, AttentionReader(layer, "keys"))
     layers = {n: default_layer(LlamaConfig(num_hidden_layers=n)) for n in (1, 2, 4, 28)}
     assert layers == {1: 0, 2: 1, 4: 3, 28: 21}

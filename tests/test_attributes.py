@@ -420,7 +420,7 @@ def test_a_model_of_padded_batches_has_all_but_attention(pool_file: Path, tmp_pa
 
 def test_a_layer_that_is_not_there(model_folder: Path, pool_file: Path, tmp_path: Path) -> None:
     data = data_for(model_folder, pool_file, tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"layer 2 of attention: .* has 2, numbered 0 to 1"):
+    with pytest.raises(ValueError, match=r"there is no layer 2; the model has 2, numbered 0 to 1"):
         score(model_folder, data, tmp_path / "t", ["attention"], AttributeSettings(layer=2))
 
 

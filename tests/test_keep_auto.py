@@ -284,7 +284,9 @@ def test_another_whole_model_as_reference_is_refused(
 ) -> None:
     data = sentences_file(tmp_path)
     options = ["--selection.keep", "auto", "--loop.reference", str(model_folder)]
-    with pytest.raises(ValueError, match=r"loop.reference names another model.*give a number"):
+    with pytest.raises(
+        ValueError, match=r"loop.reference names another model.*give the arm fixed a number"
+    ):
         run(tmp_path, model_folder, data, *options, arms={"fixed": {"schedule": "fixed_model"}})
 
 

@@ -93,7 +93,8 @@ def test_xtf_from_full_logits_and_full_attention_maps(finished: Path, model_fold
             elif not np.isnan(received[number][place]):
                 received[number][place] = 0.0
     flat = np.concatenate(relevance)
-    cuts = threshold_multiotsu(flat, classes=4, nbins=128)
+    # middles of bins that belong to the class below
+    cuts = threshold_multiotsu(flat, classes=4, nbins=128) + (flat.max() - flat.min()) / 256
 
     checked: Counter[int] = Counter()
     for number, row in enumerate(rows):
@@ -205,3 +206,38 @@ def test_a_rule_is_one_file_and_one_yaml(
         reasons = responses(row, "reason")
         assert reasons == [0, 0, 0] + [2] * (len(reasons) - 3)
     assert not (tmp_path / "run" / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "options", "message"),
+    [
+        ({"rule": "forgetting"}, ["--data.reduction", "published"], "published does not go"),
+        (
+            {"rule": "xtf_paper"},
+            ["--attributes.layer", "9", "--attributes.experts", "maths"],
+            r"attributes\.layer: there is no layer 9",
+        ),
+        (
+            {"rule": "full", "weighting": "sstoken", "weighting_options": {"layer": 9}},
+            [],
+            r"loop\.arms\.a\.weighting_options: layer: there is no layer 9",
+        ),
+        ({"rule": "xtf_paper"}, [], r"attributes\.experts: the column relevance"),
+        ({"rule": "full"}, ["--data.targets", "prompt"], "is for `score` alone"),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_computed(
+    arm: dict[str, Any], options: list[str], message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    arms = {"a": {"schedule": "fixed_model", **arm}}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, model_folder, planted_file(tmp_path), *options, arms=arms)
+    assert not (tmp_path / "run" / "base").exists()
+    assert not (tmp_path / "run" / "warmup").exists()
+
+
+def test_a_rule_that_keeps_nothing_says_so_again(model_folder: Path, tmp_path: Path) -> None:
+    arms = {"stm": {"schedule": "fixed_model", "rule": "stm", "options": {"max_perplexity": 1.0}}}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the rule stm keeps none of the .*; loosen its opt"):
+            run(tmp_path, model_folder, planted_file(tmp_path), arms=arms)

@@ -129,7 +129,10 @@ def test_kappa_by_hand() -> None:
 def test_arms_in_words() -> None:
     rho = {"schedule": "fixed_model", "rule": "token_cleaning", "scope": "sample"}
     assert describe(rho) == "token_cleaning per sample"
-    assert reads(rho) == ("base.nll, reference.nll", "a pass of the base; the warm-up and its pass")
+    assert reads(rho) == (
+        "base.nll, reference.nll",
+        "a pass of the base; the reference and its pass",
+    )
     crossed = {
         "schedule": "cross_fitted",
         "rule": "contradiction",
@@ -141,7 +144,7 @@ def test_arms_in_words() -> None:
     assert reads({"schedule": "fixed_model", "rule": "random"}) == ("nothing", "none")
     online = {"schedule": "fixed_model", "rule": "full", "weighting": "rho1_online"}
     assert describe(online) == "full, weights rho1_online"
-    assert reads(online) == ("reference.nll", "the warm-up and its pass")
+    assert reads(online) == ("reference.nll", "the reference and its pass")
     assert normalisation(online) == "weighted sum / sum of weights"
     assert normalisation({**online, "weighting": "dft"}) == "weighted sum / trained tokens"
     assert normalisation(rho) == "mean over kept tokens"

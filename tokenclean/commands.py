@@ -65,6 +65,7 @@ from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.probe import Probe, sentence_ends, write_probe
 from tokenclean.scoring.table import ScoreTable
+from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import describe_need
 from tokenclean.selection.select import SelectionConfig
 from tokenclean.training.module import CleanedSFTModule
@@ -280,7 +281,8 @@ def score(argv: list[str]) -> None:
             assert module.network is not None
             data.layout = module.network.layout
             if cli.plain["probe"]:
-                _write_probe(cli, module.network, rows.rows)
+                probed = _write_probe(cli, module.network, rows.rows)
+                charge_scoring(cost, _shape(module.base), *[probed] * (1 + PARTNERS))
             # The base is what others ask for again; a reference belongs to one run.
             cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
             if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
@@ -302,19 +304,20 @@ def score(argv: list[str]) -> None:
             )
 
 
-def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> None:
+def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> TokenRows:
+    """Make the run's probe; the rows that it looked at, none if it was there already."""
     if cli.trainer.world_size > 1:
         raise ValueError("--probe: it runs on one device; score on one (--trainer.devices 1)")
     data: TuluDataModule = cli.datamodule
     if data.targets == "prompt":
         raise ValueError("--probe: it looks at responses; leave data.targets out")
     if (cli.folder / PROBE / MANIFEST).is_file():
-        return
+        return TokenRows(data.pool, rows[:0])
     adapters = (Path(folder) for folder in (cli.model.base.name, *cli.model.adapters))
     network.to(cli.trainer.strategy.root_device)
     network.check_on_device()
     with network.merged():
-        write_probe(
+        probe = write_probe(
             cli.folder / PROBE,
             network,
             data.pool,
@@ -324,6 +327,7 @@ def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> None:
             set().union(*map(trained_ids, adapters)),
             int(cli.config["seed_everything"]),
         )
+    return TokenRows(data.pool, probe.rows)
 
 
 def select(argv: list[str]) -> None:
@@ -379,7 +383,7 @@ def select(argv: list[str]) -> None:
             f"{len(reference)}); score the same data.subset with both models"
         )
     probes = None
-    if settings.keep == "auto":
+    if settings.estimates_keep:
         probes = _probe(config.base, "base"), _probe(config.reference, "reference")
     open_run(folder, plain)
     with log_to(folder):
@@ -526,8 +530,10 @@ def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
     planner = Planner(data, module.base, LoraSettings(), trainer, str(trainer.precision))
     rows = Rows.of(data.scored_rows())
     depth = len(module.adapters)
-    cost = planner.score(cli.folder.name, rows, stack=depth, columns=module.columns)
-    return planner.report([*costs, cost])
+    costs.append(planner.score(cli.folder.name, rows, stack=depth, columns=module.columns))
+    if cli.plain["probe"]:
+        costs.append(planner.probe(cli.folder.name, rows, stack=depth)[-1])
+    return planner.report(costs)
 
 
 def _shape(base: BaseConfig) -> ModelShape:

@@ -58,6 +58,12 @@ class TokenStatistics(NamedTuple):
     top_entropy: Tensor | None = None
     top_mass: Tensor | None = None
 
+    @property
+    def gap(self) -> Tensor:
+        """log p(most likely token) - log p(target), nats, at least 0: float32, shape (N,)."""
+        # Rounding may put the most likely token a hair below itself.
+        return (self.nll + self.top_probability.log()).clamp_min(0.0)
+
 
 def token_nll(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Negative log-likelihood of each target token, ``-log p(target | context)`` in nats.

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 def importable() -> list[str]:
     """Packages whose modules a configuration may name by its own words: ours, and `ALLOW`'s."""
-    return ["tokenclean", *filter(None, os.environ.get(ALLOW, "").split(","))]
+    return ["tokenclean", *filter(None, map(str.strip, os.environ.get(ALLOW, "").split(",")))]
 
 
 def names_in(package: str) -> list[str]:
@@ -69,7 +69,7 @@ def make(
 
 def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
     known = names_in(package)
-    if "." in name and name.partition(".")[0] not in importable():
+    if "." in name and not any(f"{name}.".startswith(f"{p}.") for p in importable()):
         raise ValueError(
             f"{place}: naming {name} runs its code, so it must be allowed: set "
             f"{ALLOW}={name.partition('.')[0]}"
@@ -87,6 +87,9 @@ def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
         raise ValueError(
             f"{place}: there is no module {name}; is its folder on PYTHONPATH?"
         ) from None
+    except TypeError as error:
+        # a dataclass that does not go with its base class, mostly
+        raise ValueError(f"{place}: {name} cannot be loaded: {error}") from error
     own = [
         value
         for value in vars(module).values()
@@ -100,8 +103,11 @@ def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
             f"{place}: {module.__name__} holds {len(own)} classes derived from {kind.__name__}; "
             "exactly one is needed"
         )
-    if not dataclasses.is_dataclass(own[0]):
-        raise ValueError(f"{place}: {own[0].__name__} must be a dataclass: its fields are options")
+    if "__dataclass_fields__" not in vars(own[0]):
+        raise ValueError(
+            f"{place}: {own[0].__name__} must be a dataclass of its own, like its base class: its "
+            "fields are options"
+        )
     return own[0]
 
 
@@ -114,4 +120,6 @@ def _fits(value: Value, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if hint not in (bool, str, NoneType):
+        raise ValueError(f"an option of type {hint} is none that a configuration can give")
     return value is None if hint is NoneType else isinstance(value, hint)

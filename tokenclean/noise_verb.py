@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tokenclean.evaluation.planted import ALL
 from tokenclean.runs import CONFIG, log_to
 from tokenclean.scoring.probe import share
 from tokenclean.selection.noise import MIN_SAMPLES
+
+log = logging.getLogger(__name__)
 
 NOISE = "noise.json"
 #: Column -> field of an estimate.
@@ -76,6 +79,7 @@ def _of_clean(folder: Path, with_alignment: bool) -> dict[str, Any]:
     loop = loop_of(folder)
     found: dict[str, Any] = {}
     with log_to(folder):
+        tokenise(loop.data, loop.ledger)
         for name, arm in loop.loop.arms.items():
             cleaned = folder / "arms" / name / "cleaned"
             if not arm.needs_reference or not (cleaned / MANIFEST).is_file():
@@ -83,11 +87,16 @@ def _of_clean(folder: Path, with_alignment: bool) -> dict[str, Any]:
             manifest = read_manifest(cleaned, CLEANED)
             stored = manifest.get("share")
             if stored is None:
-                if not found:
-                    tokenise(loop.data, loop.ledger)
+                if reason := loop.no_probes(arm):
+                    log.warning("%s: left out: %s", name, reason)
+                    continue
                 stored = share(loop.probes(name), loop.pool).to_json()
             found[name] = {"share": stored, "keep": _kept(manifest)}
-            if with_alignment:
+            if with_alignment and not {"base.nll", "reference.nll"} <= set(
+                arm.needs(loop.selection)
+            ):
+                log.warning("%s: no alignment: its rows have no scores", name)
+            elif with_alignment:
                 found[name]["alignment"] = alignment(
                     loop, CleanedPool(cleaned, loop.data.cache_dir)
                 )

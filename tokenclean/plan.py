@@ -291,6 +291,7 @@ class Planner:
                 costs.append(self.train(SHARED, rest, epochs=loop.half_epochs))
                 found = columns("reference", "cross_fitted")
                 costs.append(self.score(SHARED, half, stack=1, columns=found))
+        probed: set[str] = set()
         for name, arm in loop.arms.items():
             chosen = arm.selection(selection)
             online = arm.make_weighting()
@@ -299,7 +300,8 @@ class Planner:
             depth = 1
             if arm.schedule in ("fixed_model", "cross_fitted"):
                 kept = _kept(rows, truth, chosen)
-                if chosen.estimates_keep:
+                if chosen.estimates_keep and arm.schedule not in probed:
+                    probed.add(arm.schedule)
                     crossed = arm.schedule == "cross_fitted"
                     for part in halves(parts) if crossed else [np.arange(len(rows.lengths))]:
                         costs += self.probe(SHARED, rows[part])

@@ -191,6 +191,17 @@ def test_clusters_are_the_best_cuts_of_all() -> None:
     assert 0.2 < clusters.cuts[0] < 0.3 and 0.5 < clusters.cuts[1] < 0.8
 
 
+def test_five_values_are_five_clusters() -> None:
+    """What lies in the bin of a cut is not torn apart."""
+    values = np.array([0.0, 0.1, 0.2, 0.55, 1.0])
+
+    def blocks() -> Iterable[TokenBlock]:
+        yield TokenBlock(np.arange(5), np.ones(5, dtype=int), np.zeros(5, bool), {"base.x": values})
+
+    clusters = Clusters(blocks, lambda b: b["base.x"], 5, "relevance")
+    assert clusters.of(values).tolist() == [0, 1, 2, 3, 4]
+
+
 def test_too_few_values_to_cluster_are_refused() -> None:
     columns = {"base.nll": [1.0] * 8, "base.relevance": [0.1, 0.2] * 4}
     with pytest.raises(ValueError, match=r"takes 2 distinct values .* relevance: false"):
@@ -229,6 +240,35 @@ def test_needs_follow_the_options() -> None:
 def test_bad_options_are_refused(rule: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelectionConfig(rule, options=options)
+
+
+WRONG = {
+    "no_priority": ("@dataclass\nclass R(Rule):\n    pass", "has no method `priority`"),
+    "misspelt": (
+        "@dataclass\nclass R(Rule):\n    needs = ('refrence.nll',)",
+        "refrence.nll; there",
+    ),
+    "plain": ("class R(Rule):\n    pass", "must be a dataclass"),
+    "listed": ("@dataclass\nclass R(Rule):\n    a: list[str] = None", "none that a configuration"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rules_of_ones_own_are_told_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, message = WRONG[name]
+    head = "from dataclasses import dataclass\nfrom tokenclean.selection.rule import Rule\n"
+    (tmp_path / f"wrong_{name}").mkdir()
+    (tmp_path / f"wrong_{name}" / "x.py").write_text(head + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    # a module may be allowed alone; blanks do not matter
+    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", f"other, wrong_{name}.x")
+    options: Any = {"a": 1} if name == "listed" else {}
+    with pytest.raises(ValueError, match="TOKENCLEAN_ALLOW_IMPORTS"):
+        SelectionConfig(f"wrong_{name}.y", options=options)
+    with pytest.raises(ValueError, match=message):
+        select(pool({}), SelectionConfig(f"wrong_{name}.x", options=options))
 
 
 def test_every_file_is_a_rule() -> None:

@@ -63,6 +63,7 @@ from tokenclean.models import (
     BaseConfig,
     Network,
     adapter_folders,
+    check_layer,
     load_tokenizer,
     trained_ids,
 )
@@ -179,8 +180,23 @@ class CleaningLoop:
                 "with data.order"
             )
         needs_truth = [n for n, found in needs.items() if "pool.truth" in found]
+        config = load_config(self.template.base).get_text_config()
         for column in self._columns("base") or []:
             self.attributes.check(column)
+            if column == "attention":
+                check_layer(self.attributes.depth(config), config, "attributes.layer")
+        for name, arm in self.loop.arms.items():
+            if arm.selection(self.selection).estimates_keep and (reason := self.no_probes(arm)):
+                raise ValueError(f"selection.keep: auto: {reason}; give the arm {name} a number")
+            online = arm.make_weighting()
+            if online is not None and online.reads_prompt:
+                layer = online.attention_layer(config)
+                check_layer(layer, config, f"loop.arms.{name}.weighting_options: layer")
+            if arm.rule == "forgetting" and self.data.reduction == "published":
+                raise ValueError(
+                    f"data.reduction: published does not go with the arm {name}, whose rule "
+                    "unlearns tokens; use tokens"
+                )
         if needs_truth and not self.pool.has_truth:
             raise ValueError(
                 f"loop.arms: {', '.join(needs_truth)} keeps tokens by planted truth, which this "
@@ -606,17 +622,24 @@ class CleaningLoop:
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
         return found
 
+    def no_probes(self, arm: Arm) -> str | None:
+        """Why an arm's informative share cannot be estimated, if it cannot."""
+        if arm.schedule != "fixed_model" or self.reference is None:
+            return None
+        config, _ = self.reference
+        if config is self.template.base:
+            return None
+        return (
+            "it takes a reference that was trained from the base, and loop.reference names "
+            f"another model, {config.name}"
+        )
+
     def _fixed_probes(self) -> tuple[Probe, Probe]:
         """Of theta_0 and the reference of fixed-model arms, on rows that it has not seen."""
         if self.reference is None:
             name, adapters = "warmup", [self.folder / "warmup" / "adapter"]
         else:
-            name, (config, adapters) = "reference", self.reference
-            if config is not self.template.base:
-                raise ValueError(
-                    "selection.keep: auto compares a base with a model trained from it, and "
-                    f"loop.reference names another model, {config.name}; give a number"
-                )
+            name, (_, adapters) = "reference", self.reference
         rows = np.flatnonzero(~self.pool.ids.among(_trained_on(adapters)))
         return self._probes(self.folder / "scores" / f"{name}_probe", rows, [], adapters)
 
@@ -684,6 +707,7 @@ class CleaningLoop:
     def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
         if (step / "cleaned" / MANIFEST).is_file():
             self._say_if_found(step / "cleaned")
+            self._check_kept(step, selection.rule)
             return
         step.mkdir(parents=True, exist_ok=True)
         with self._measured("select", step) as cost:
@@ -691,11 +715,7 @@ class CleaningLoop:
             self._known.add(step / "cleaned")
             cost.samples, cost.targets = len(scored.rows), len(selected.keep)
             cost.disk = directory_bytes([step / "cleaned"])
-        if not selected.kept:
-            raise ValueError(
-                f"loop.arms: the rule {selection.rule} keeps none of the {selected.ranked} "
-                f"response tokens of {step}; loosen its options"
-            )
+        self._check_kept(step, selection.rule)
         if selected.rule.reasons:
             log.info("%s", reasons_table(read_manifest(step / "cleaned", CLEANED)))
         log.info(
@@ -707,6 +727,15 @@ class CleaningLoop:
             _share_near_the_cut(selected.near_cut, scored.noise),
             f"; the reference saw {int(scored.seen.sum())} rows" if scored.seen.any() else "",
         )
+
+    @staticmethod
+    def _check_kept(step: Path, rule: str) -> None:
+        manifest = read_manifest(step / "cleaned", CLEANED)
+        if not manifest["kept_tokens"]:
+            raise ValueError(
+                f"loop.arms: the rule {rule} keeps none of the {manifest['ranked_tokens']} "
+                f"response tokens of {step}; loosen its options"
+            )
 
     def _join(self, folder: Path, steps: list[Path], arm: Arm, selection: SelectionConfig) -> None:
         """The steps' cleaned rows as one cleaned pool in pool order: rounds with D_0, or halves."""

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,6 +39,7 @@ from tokenclean.arrow import (
     write_json,
     write_shard,
 )
+from tokenclean.data.rows import NO_LOSS
 from tokenclean.data.template import fingerprint_tokenizer
 
 KIND = "cleaned pool"
@@ -81,6 +83,12 @@ def write_cleaned_pool(
                 writer.write_batch(batch)
                 rows += batch.num_rows
         write_json(partial / MANIFEST, {"kind": KIND, **manifest, "rows": rows})
+
+
+def is_kept(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Which tokens are to be learnt: bool, like both. A negative weight is for unlearning."""
+    kept: np.ndarray = (labels != NO_LOSS) & (weights > 0)
+    return kept
 
 
 def is_cleaned_pool(folder: Path) -> bool:

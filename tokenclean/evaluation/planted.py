@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import binary_auroc
 
 from tokenclean.arrow import ArrowTable
 from tokenclean.data.batches import Batch
+from tokenclean.data.cleaned import is_kept
 from tokenclean.data.pool import TokenPool
-from tokenclean.data.rows import NO_LOSS
 from tokenclean.models import Network
 
 ALL = "all"
@@ -137,7 +137,7 @@ def mask_quality(cleaned: ArrowTable) -> dict[str, MaskQuality]:
             priority = np.asarray(found["score"], dtype=np.float64)
         entry = {
             "truth": found["truth"],
-            "kept": (found["labels"] != NO_LOSS) & (found["weight"] > 0),
+            "kept": is_kept(found["labels"], found["weight"]),
             "priority": priority,
         }
         for key in (source, ALL):

@@ -8,7 +8,7 @@ from tokenclean.models.adapters import (
     check_adapter_folder,
     trained_ids,
 )
-from tokenclean.models.attention import AttentionReader, default_layer
+from tokenclean.models.attention import AttentionReader, check_layer, default_layer
 from tokenclean.models.loading import BaseConfig, Speed, check_base, load_config, load_tokenizer
 from tokenclean.models.network import Network
 from tokenclean.models.passes import in_float32
@@ -24,6 +24,7 @@ __all__ = [
     "adapter_tensors",
     "check_adapter_folder",
     "check_base",
+    "check_layer",
     "default_layer",
     "in_float32",
     "load_config",

@@ -106,6 +106,20 @@ class AttentionReader:
         return result
 
 
+def check_layer(layer: int, config: Any, option: str) -> None:
+    """Refuse a layer that a model does not have.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if not -layers <= layer < layers:
+        raise ValueError(
+            f"{option}: there is no layer {layer}; the model has {layers}, numbered 0 to "
+            f"{layers - 1} (or -1 to {-layers} from the end)"
+        )
+
+
 def default_layer(config: Any) -> int:
     """A deep layer, three quarters up: early ones attend by position, the last to what follows."""
     return int(0.75 * config.get_text_config().num_hidden_layers)

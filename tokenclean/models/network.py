@@ -33,7 +33,7 @@ from tokenclean.models.adapters import (
     share,
     write_adapter,
 )
-from tokenclean.models.attention import SEGMENTS, AttentionReader, Segments
+from tokenclean.models.attention import SEGMENTS, AttentionReader, Segments, check_layer
 from tokenclean.models.loading import BaseConfig, Speed
 from tokenclean.models.passes import (
     BackwardRows,
@@ -71,6 +71,7 @@ class Network(nn.Module):
         #: seconds spent in passes and steps, and tokens they computed, padding included
         self.seconds = 0.0
         self.tokens = 0
+        self._clocked = False
         #: how many adapters of the stack are active
         self.depth = 0
         self._base_fingerprint: str | None = None
@@ -181,21 +182,23 @@ class Network(nn.Module):
         layers = self.hf.config.get_text_config().num_hidden_layers
         found: dict[int, list[AttentionReader]] = {}
         for reader in readers:
-            if not -layers <= reader.layer < layers:
-                raise ValueError(
-                    f"layer {reader.layer} of attention: {type(self.hf).__name__} has {layers}, "
-                    f"numbered 0 to {layers - 1} (or -1 to {-layers} from the end)"
-                )
+            check_layer(reader.layer, self.hf.config, f"attention of {type(self.hf).__name__}")
             found.setdefault(reader.layer % layers, []).append(reader)
         return found
 
     @contextmanager
     def clock(self, tokens: int = 0) -> Iterator[None]:
-        """Count the block's time, and the tokens it computes, as model compute."""
-        started = settled(self.device)
-        yield
-        self.seconds += settled(self.device) - started
+        """Count the block's time, once if nested, and the tokens it computes, as model compute."""
         self.tokens += tokens
+        if self._clocked:
+            yield
+            return
+        self._clocked, started = True, settled(self.device)
+        try:
+            yield
+        finally:
+            self._clocked = False
+        self.seconds += settled(self.device) - started
 
     @property
     def device(self) -> torch.device:

@@ -61,7 +61,8 @@ class ScoringModule(LightningModule):
             the base itself.
         columns: what to store besides the losses, for rules that read it: ``gap``, ``alone``,
             ``attention``, ``attention_keys``, ``relevance``, ``relevance_hidden``; see `Column`.
-            Only ``alone`` takes a pass of its own.
+            ``alone`` takes a pass of its own over the responses, ``relevance_hidden`` one over the
+            expert words and every vocabulary entry in the pool.
         attributes: what some columns rest on.
 
     Raises:
@@ -168,8 +169,7 @@ class ScoringModule(LightningModule):
         if "gap" in self.columns:
             logits = token_statistics(states, self.network.head, batch.targets)
             nll = logits.nll
-            # Rounding may put the most likely token a hair below itself.
-            found["gap"] = (nll + logits.top_probability.log()).clamp_min(0.0)
+            found["gap"] = logits.gap
         else:
             nll = token_nll(states, self.network.head, batch.targets)
         found |= self._attributes.of(batch)

@@ -148,6 +148,7 @@ def write_probe(
             "model": network.fingerprint(),
             "trained_on": sorted(trained_on),
             "seed": seed,
+            "precision": "16-mixed" if network.device.type == "cuda" else "32-true",
             "samples": len(chosen),
         }
         write_json(partial / "manifest.json", manifest)
@@ -194,9 +195,12 @@ def _losses(
         batch = collate([samples[i] for i in members], network.layout)
         with network.clock(batch.tokens):
             moved = batch.to(network.device)
-            found = token_statistics(network.hidden(moved), network.head, moved.targets)
-            # Rounding may put the most likely token a hair below itself.
-            gap = (found.nll + found.top_probability.log()).clamp_min(0.0)
+            # On a GPU as scoring does by default: bfloat16 products are too coarse.
+            on_gpu = network.device.type == "cuda"
+            with torch.autocast(network.device.type, torch.float16, enabled=on_gpu):
+                states = network.hidden(moved)
+                found = token_statistics(states, network.head, moved.targets)
+            gap = found.gap
         for row, values in batch.split(found.nll.float().cpu()):
             losses[row] = values.numpy()
         for row, values in batch.split(gap.float().cpu()):

@@ -175,7 +175,7 @@ def estimate(found: Contrast) -> Estimate:
         tokens=len(score),
         lower=lower,
         upper=upper,
-        signal=min(tie, gain) > SIGNIFICANT,
+        signal=min(tie, gain) > SIGNIFICANT and upper > 0.0,
         tie=tie,
         gain=gain,
         positive=float((score > 0).mean()) if len(score) else 0.0,
@@ -206,7 +206,8 @@ def interval(found: Contrast) -> tuple[float, float]:
     noise, noise_error = _ratio(of_samples(2.0 * size * worse), tokens)
     lower = low - WIDTH * low_error
     upper = 1.0 - (1.0 - luck) * (noise - WIDTH * noise_error)
-    return min(max(lower, 0.0), 1.0), min(max(upper, 0.0), 1.0)
+    lower = min(max(lower, 0.0), 1.0)
+    return lower, min(max(upper, lower), 1.0)
 
 
 def _beaten(of_token: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -18,6 +18,9 @@ from tokenclean.named import Value, make
 
 PACKAGE = "tokenclean.selection.rules"
 
+#: Where the columns that a rule can need come from.
+TABLES = ("base", "reference", "pool")
+
 #: Reason codes of a cleaned pool, one int8 per token; a rule may have further ones.
 REASONS = {0: "kept", 1: "prompt", 2: "below the cut", 3: "row seen by the reference"}
 KEPT, PROMPT, BELOW_CUT, SEEN = 0, 1, 2, 3
@@ -112,6 +115,11 @@ class Rule:
                 token may carry a negative one.
         """
         return kept.astype(np.float32)
+
+
+def score(block: TokenBlock) -> np.ndarray:
+    """base nll - reference nll, Eq. (3) of arXiv 2502.01968: float64, shape (n,)."""
+    return np.subtract(block["base.nll"], block["reference.nll"], dtype=np.float64)
 
 
 def make_rule(name: str, options: Mapping[str, Value] | None = None) -> Rule:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from tokenclean.named import Value
-from tokenclean.selection.rule import KEPT, Blocks, Rule, TokenBlock, make_rule
+from tokenclean.selection.rule import KEPT, TABLES, Blocks, Rule, TokenBlock, make_rule
 from tokenclean.selection.topk import (
     FIRST,
     Histogram,
@@ -55,6 +55,12 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         rule = self.make()
+        unknown = [n for n in rule.needs if n.partition(".")[0] not in TABLES]
+        if unknown:
+            raise ValueError(
+                f"selection.rule: {self.rule} needs {', '.join(unknown)}; there are columns of "
+                f"{', '.join(TABLES)} alone"
+            )
         if self.scope not in get_args(Scope):
             raise ValueError(
                 f"selection.scope: {self.scope!r} is not one of {', '.join(get_args(Scope))}"
@@ -219,7 +225,10 @@ def select(
 def _priority(rule: Rule, block: TokenBlock) -> np.ndarray:
     values = rule.priority(block)
     if values is None:
-        raise NotImplementedError(f"{type(rule).__name__} ranks, but gives no priority")
+        raise ValueError(
+            f"selection.rule: {type(rule).__name__} ranks, but has no method `priority`; give it "
+            "one, or set ranked = False and give it `decide`"
+        )
     return values
 
 

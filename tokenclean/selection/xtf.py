@@ -122,7 +122,9 @@ class Clusters:
                 f"it off with {name}: false"
             )
         centres = (edges[:-1] + edges[1:]) / 2
-        self.cuts = np.asarray(threshold_multiotsu(classes=classes, hist=(counts, centres)))
+        # Its thresholds are the middles of bins that belong to the lower class whole.
+        found = threshold_multiotsu(classes=classes, hist=(counts, centres))
+        self.cuts = np.asarray(found) + (edges[1] - edges[0]) / 2
 
     def of(self, values: np.ndarray) -> np.ndarray:
         """Class of each value, 0 the lowest: int64, shape (n,)."""
@@ -133,7 +135,7 @@ class PositionMeans:
     """Mean and standard deviation of a column by position, to compare tokens of different places.
 
     A column mean of attention follows the token's position far more than its content. Positions are
-    binned by half octaves: 0, 1, 2, 3, 4-5, 6-7, 8-10, ...
+    binned by half octaves: 0, 1, 2, 3-4, 5-6, 7-10, ...
 
     Args:
         blocks: the pool, with ``pool.position``.

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenclean.arrow import MANIFEST
-from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
-from tokenclean.data.rows import NO_LOSS
 from tokenclean.models import BaseConfig
 from tokenclean.models.loading import load_tokenizer
 from tokenclean.study.cells import Cell, Table, arms_of, by_variant, file_name
@@ -116,12 +115,13 @@ def choose(pool: CleanedPool, uncleaned: Collection[str], per_source: int) -> li
 def read_example(pool: CleanedPool, row: int, tokenizer: Any) -> Example:
     """One row of a cleaned pool, decoded."""
     ids = pool.lists("input_ids")[row].tolist()
-    response, labels = pool.lists("response_mask")[row], pool.lists("labels")[row]
+    response = pool.lists("response_mask")[row]
+    kept = is_kept(pool.lists("labels")[row], pool.lists("weight")[row])
     truth = pool.lists("truth")[row] if "truth" in pool.columns else None
     pieces = [
         Piece(
             text,
-            "prompt" if not response[i] else "kept" if labels[i] != NO_LOSS else "dropped",
+            "prompt" if not response[i] else "kept" if kept[i] else "dropped",
             int(truth[i]) if truth is not None and response[i] else None,
         )
         for i, text in enumerate(token_texts(tokenizer, ids))

@@ -10,9 +10,8 @@ from typing import Final
 import numpy as np
 
 from tokenclean.arrow import MANIFEST
-from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import REGIMES
-from tokenclean.data.rows import NO_LOSS
 from tokenclean.evaluation.planted import ALL
 from tokenclean.selection.xtf import NOVELTY, REASONING, REASONS, RELEVANCE
 from tokenclean.study.cells import Cell, arms_of
@@ -61,7 +60,7 @@ class Mask:
             ids=[ids[r] for r in rows],
             sources=[sources[r] for r in rows],
             counts=np.bincount(row[response], minlength=len(rows)),
-            kept=(column("labels") != NO_LOSS) & (column("weight") > 0),
+            kept=is_kept(column("labels"), column("weight")),
             reason=column("reason"),
             base=column("base_nll").astype(np.float64),
             score=column("score").astype(np.float64),

@@ -18,9 +18,8 @@ import numpy as np
 
 from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning.results import ArmResult
-from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import REGIMES
-from tokenclean.data.rows import NO_LOSS
 from tokenclean.evaluation.planted import ALL, Accuracy, MaskQuality, mask_quality
 from tokenclean.study.cells import (
     Cell,
@@ -79,13 +78,14 @@ def read_round(folder: Path, result: ArmResult | None) -> Round:
     """Read one round's cleaned pool."""
     with cleaned_pool(folder / "cleaned") as pool:
         response, labels = pool.lists("response_mask"), pool.lists("labels")
+        weights = pool.lists("weight")
         scores = pool.lists("score")
         kept: dict[str, list[np.ndarray]] = {}
         score: dict[str, list[np.ndarray]] = {}
         for row, source in enumerate(pool.values("source")):
             at = response[row]
             for key in (source, ALL):
-                kept.setdefault(key, []).append(labels[row][at] != NO_LOSS)
+                kept.setdefault(key, []).append(is_kept(labels[row], weights[row])[at])
                 score.setdefault(key, []).append(np.asarray(scores[row][at], dtype=np.float64))
         means = {k: float(np.concatenate(v).mean()) for k, v in score.items()}
         return Round(

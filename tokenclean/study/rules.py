@@ -425,7 +425,7 @@ def reads(arm: dict[str, Any]) -> tuple[str | None, str | None]:
         stages.append(
             "two references and their passes"
             if arm.get("schedule") == "cross_fitted"
-            else "the warm-up and its pass"
+            else "the reference and its pass"
         )
     return ", ".join(dict.fromkeys(needs)) or "nothing", "; ".join(stages) or "none"
 

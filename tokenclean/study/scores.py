@@ -10,9 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from tokenclean.arrow import MANIFEST
-from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
-from tokenclean.data.rows import NO_LOSS
 from tokenclean.study.cells import Cell, Table, arms_of, by_variant, file_name
 from tokenclean.study.figures import Cloud, draw_clouds, write_numbers
 from tokenclean.study.rounds import cleaned_pool, round_folders
@@ -62,7 +61,7 @@ def read_scored(pool: CleanedPool) -> Scored | None:
         return np.asarray(pool.lists(name).take(rows)[1], dtype=np.float64)[response]
 
     base, reference = column("base_nll"), column("reference_nll")
-    kept = column("labels") != NO_LOSS
+    kept = is_kept(column("labels"), column("weight"))
     if "truth" in pool.columns:
         classes, truth = list(TRUTH.values()), column("truth")
         label = np.select([truth == value for value in TRUTH], range(len(TRUTH)))

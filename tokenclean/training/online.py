@@ -43,7 +43,11 @@ def weighted_pass(network: Network, batch: Batch, weighting: Weighting) -> tuple
         # The token's own row, not the one before, which predicts it.
         found[PROMPT_ATTENTION] = reader.values[batch.predicting + 1]
     rows = _repeated(batch.rows, batch.counts).to(nll.device)
-    return nll, Tokens(rows, nll.detach().double(), {k: v.double() for k, v in found.items()})
+    half = hidden.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(
+        hidden.device.type
+    )
+    columns = {k: v.double() for k, v in found.items()}
+    return nll, Tokens(rows, nll.detach().double(), columns, 0.2 if half else 1e-3)
 
 
 def _repeated(values: list[int], counts: list[int]) -> Tensor:

@@ -26,6 +26,8 @@ from tokenclean.data.rows import PROMPT
 from tokenclean.named import Value, make
 
 PACKAGE = "tokenclean.training.weighting"
+#: What a weighting can need.
+CACHED = ("base.nll", "reference.nll")
 TOP_ENTROPY, TOP_MASS, PROMPT_ATTENTION = "top_entropy", "top_mass", "prompt_attention"
 
 MeanOver = Literal["tokens", "weights"]
@@ -44,11 +46,13 @@ class Tokens:
         columns: name -> float64, (N,) each: what `Weighting.needs` names, ``top_entropy`` (nats)
             and ``top_mass`` where `Weighting.top` asks for them, ``prompt_attention`` where
             `Weighting.reads_prompt` does.
+        rounding: nats; what losses of the same model may differ by between scoring and training.
     """
 
     rows: Tensor
     nll: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    rounding: float = 1e-3
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -149,7 +153,13 @@ def make_weighting(name: str, options: Mapping[str, Value] | None = None) -> Wei
     Raises:
         ValueError: for an unknown weighting or option, listing what there is.
     """
-    return make(Weighting, PACKAGE, name, options, "model.weighting")
+    made = make(Weighting, PACKAGE, name, options, "model.weighting")
+    if unknown := sorted(set(made.needs) - set(CACHED)):
+        raise ValueError(
+            f"model.weighting: {name} needs {', '.join(unknown)}; a cleaned pool keeps only "
+            f"{' and '.join(CACHED)}"
+        )
+    return made
 
 
 def top_share(values: Tensor, keep: float) -> Tensor:

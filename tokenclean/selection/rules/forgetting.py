@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokenclean.selection.rule import Rule, TokenBlock
+from tokenclean.selection.rule import Rule, TokenBlock, score
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Forgetting(Rule):
     by_score = True
 
     def priority(self, block: TokenBlock) -> np.ndarray:
-        return np.subtract(block["base.nll"], block["reference.nll"], dtype=np.float64)
+        return score(block)
 
     def weights(self, block: TokenBlock, kept: np.ndarray) -> np.ndarray:
         return np.where(kept, 1.0, -1.0).astype(np.float32)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from tokenclean.selection.noise import TailRatio
-from tokenclean.selection.rule import KEPT, Blocks, Rule, TokenBlock
+from tokenclean.selection.rule import KEPT, Blocks, Rule, TokenBlock, score
 
 SYMMETRIC = 4
 
@@ -46,7 +46,7 @@ class Soft(Rule):
 
 
 def _score(block: TokenBlock) -> np.ndarray:
-    score = np.subtract(block["base.nll"], block["reference.nll"], dtype=np.float64)
-    if np.isnan(score).any():
+    found = score(block)
+    if np.isnan(found).any():
         raise ValueError("scores contain NaN: the pass that produced them must be repeated")
-    return score
+    return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokenclean.selection.rule import Rule, TokenBlock
+from tokenclean.selection.rule import Rule, TokenBlock, score
 
 
 @dataclass
@@ -17,4 +17,4 @@ class TokenCleaning(Rule):
     by_score = True
 
     def priority(self, block: TokenBlock) -> np.ndarray:
-        return np.subtract(block["base.nll"], block["reference.nll"], dtype=np.float64)
+        return score(block)

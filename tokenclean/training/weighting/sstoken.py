@@ -35,13 +35,14 @@ class Sstoken(Weighting):
         progress: weight of the first term, in [0, 1].
         layer: whose attention; negative ones count from the end; null: three quarters up.
         noise: nats; where nll_base - nll spans no more than that in a sample, minmax is 0. Before
-            the first step the two are the same model, and what they differ by is rounding.
+            the first step the two are the same model, and what they differ by is rounding. null:
+            1e-3 in float32, 0.2 where 16-bit numbers are multiplied.
     """
 
     keep: float = 0.6
     progress: float = 0.5
     layer: int | None = None
-    noise: float = 1e-3
+    noise: float | None = None
     mean_over: MeanOver = "weights"
 
     scope: ClassVar[Scope] = "sample"
@@ -54,7 +55,7 @@ class Sstoken(Weighting):
             raise ValueError(
                 f"model.weighting_options: progress = {self.progress} is not in [0, 1]"
             )
-        if not self.noise >= 0.0:
+        if self.noise is not None and not self.noise >= 0.0:
             raise ValueError(f"model.weighting_options: noise = {self.noise} is negative")
 
     def attention_layer(self, config: Any) -> int:
@@ -62,10 +63,11 @@ class Sstoken(Weighting):
 
     def weights(self, tokens: Tokens) -> Tensor:
         parts = []
+        noise = tokens.rounding if self.noise is None else self.noise
         for sample in tokens.samples():
             gain = (tokens["base.nll"] - tokens.nll)[sample]
             low, span = gain.min(), gain.max() - gain.min()
-            minmax = torch.zeros_like(gain) if span <= self.noise else (gain - low) / span
+            minmax = torch.zeros_like(gain) if span <= noise else (gain - low) / span
             attention = tokens["prompt_attention"][sample]
             value = self.progress * minmax + (1.0 - self.progress) * attention
             parts.append(top_share(value, self.keep))

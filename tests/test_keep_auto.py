@@ -181,6 +181,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
         "cross_fitted": {"schedule": "cross_fitted"},
         "self_evolving": {"schedule": "self_evolving"},
         "half": {"schedule": "cross_fitted", "keep": 0.5},
+        # reads no base, so it has no score
+        "gap": {
+            "schedule": "fixed_model",
+            "rule": "contradiction",
+            "options": {"max_gap": 3.0},
+        },
     }
     options = ["--selection.keep", "auto", "--data.validation_path", str(data)]
     return run(folder, model_folder, data, *options, "--data.subsets", "2", arms=arms)
@@ -233,12 +239,18 @@ def test_noise_prints_every_arm_and_probes_what_was_not_estimated(
 ) -> None:
     noise([str(finished), "--alignment"])
     text = capsys.readouterr().out
-    for arm in ("fixed", "cross_fitted", "self_evolving", "half"):
+    for arm in ("fixed", "cross_fitted", "self_evolving", "half", "gap"):
         for source in ("all", "a", "b"):
             assert f"| {arm} | {source} |" in text
     assert "| full |" not in text
     assert text.count("Gradient of 10 parts") == 4
+    log = (finished / "log.txt").read_text()
+    assert "full: left out: it asks no reference" in log
+    assert "gap: no alignment: its rows have no scores" in log
     found = json.loads((finished / "noise.json").read_text())
+    assert found["gap"]["share"] == found["fixed"]["share"]
+    assert "alignment" not in found["gap"]
+    assert all(0.0 < values["keep"] <= 1.0 for values in found.values())
     # the same halves and models, estimated afterwards
     assert found["half"]["share"] == found["cross_fitted"]["share"]
     assert found["half"]["keep"] == pytest.approx(0.5, abs=0.01)

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_loop import planted_file, run
 from test_training import relative
 
 from tokenclean import commands
 from tokenclean.cleaning.arms import Arm
+from tokenclean.training.weights import Tokens, make_weighting
 
 ONLINE = {
     "full": {"schedule": "fixed_model", "rule": "full"},
@@ -149,3 +151,21 @@ def test_the_estimate_counts_a_whole_step_in_memory(model_folder: Path, tmp_path
     own = micro["dft"]
     assert found["talr"] > found["dft"] + 1_000_000  # the process's own memory is in both
     assert abs(micro["talr"] - own) < 1_000_000
+
+
+def test_the_weighting_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    start = readme.index("    @dataclass(frozen=True)\n    class Sure")
+    block = readme[start : readme.index("## The cleaned pool", start)]
+    code = "\n".join(line[4:] for line in block.splitlines() if line[:1] in ("", " "))
+    imports = (
+        "from dataclasses import dataclass\nfrom torch import Tensor\n"
+        "from tokenclean.training.weights import Tokens, Weighting\n"
+    )
+    (tmp_path / "of_readme").mkdir()
+    (tmp_path / "of_readme" / "sure.py").write_text(imports + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "of_readme")
+    made = make_weighting("of_readme.sure", {"p": 0.25})
+    nll = torch.tensor([0.0, 1.0, 1.5], dtype=torch.float64)  # p = 1, 0.37, 0.22
+    assert made.weights(Tokens(torch.zeros(3), nll)).tolist() == [1.0, 1.0, 0.0]

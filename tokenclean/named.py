@@ -67,6 +67,11 @@ def make(
     return cls(**given)
 
 
+def options_of(thing: Any) -> dict[str, Value]:
+    """The options that a thing made by `make` has, defaults included."""
+    return {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
+
+
 def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
     known = names_in(package)
     if "." in name and not any(f"{name}.".startswith(f"{p}.") for p in importable()):

@@ -13,7 +13,7 @@ from tokenclean.cleaning.alignment import DECILES, alignment
 from tokenclean.cleaning.loop import CleaningLoop
 from tokenclean.costs import tokenise
 from tokenclean.data.cleaned import KIND as CLEANED
-from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.cleaned import CleanedPool, kept_share
 from tokenclean.evaluation.planted import ALL
 from tokenclean.runs import CONFIG, log_to
 from tokenclean.scoring.probe import share
@@ -39,8 +39,8 @@ UNKNOWN = ("tie", "gain", "lower", "upper")
 NOTE = (
     "lower, upper: interval of the informative share; tie, gain: how surely the reference ties "
     "responses to their prompts, and does so better than the base, in standard errors; without a "
-    "signal nothing is dropped. Sign symmetry, control tail and P(score > 0) are for comparison. "
-    "See tokenclean/selection/noise.py."
+    "signal there is no interval, and keep: auto drops nothing. Sign symmetry, control tail and "
+    "P(score > 0) are for comparison. See tokenclean/selection/noise.py."
 )
 
 
@@ -68,7 +68,7 @@ def noise(argv: list[str]) -> None:
         if options.alignment:
             raise ValueError("--alignment: it needs the models of a run of `clean`")
         manifest = read_manifest(folder / "cleaned", CLEANED)
-        found = {"selected": {"share": _stored(manifest, folder), "keep": _kept(manifest)}}
+        found = {"selected": {"share": _stored(manifest, folder), "keep": kept_share(manifest)}}
     else:
         raise ValueError(f"{folder} is no finished run of `clean` or `select`")
     write_json(folder / NOISE, found)
@@ -82,7 +82,10 @@ def _of_clean(folder: Path, with_alignment: bool) -> dict[str, Any]:
         tokenise(loop.data, loop.ledger)
         for name, arm in loop.loop.arms.items():
             cleaned = folder / "arms" / name / "cleaned"
-            if not arm.needs_reference or not (cleaned / MANIFEST).is_file():
+            if not (cleaned / MANIFEST).is_file():
+                continue
+            if not arm.needs_reference:
+                log.info("%s: left out: it asks no reference", name)
                 continue
             manifest = read_manifest(cleaned, CLEANED)
             stored = manifest.get("share")
@@ -91,7 +94,7 @@ def _of_clean(folder: Path, with_alignment: bool) -> dict[str, Any]:
                     log.warning("%s: left out: %s", name, reason)
                     continue
                 stored = share(loop.probes(name), loop.pool).to_json()
-            found[name] = {"share": stored, "keep": _kept(manifest)}
+            found[name] = {"share": stored, "keep": kept_share(manifest)}
             if with_alignment and not {"base.nll", "reference.nll"} <= set(
                 arm.needs(loop.selection)
             ):
@@ -119,10 +122,6 @@ def _stored(manifest: dict[str, Any], folder: Path) -> Any:
     return manifest["share"]
 
 
-def _kept(manifest: dict[str, Any]) -> float:
-    return float(manifest["kept_tokens"] / max(manifest["ranked_tokens"], 1))
-
-
 def markdown(found: dict[str, Any]) -> str:
     """The tables of `noise.json`."""
     lines = [
@@ -133,9 +132,8 @@ def markdown(found: dict[str, Any]) -> str:
         whole = values["share"]
         for source, estimate in {ALL: whole, **whole["sources"]}.items():
             few = estimate["samples"] < MIN_SAMPLES
-            cells = [
-                "-" if few and key in UNKNOWN else _shown(estimate[key]) for key in COLUMNS.values()
-            ]
+            hidden = UNKNOWN if few else () if estimate["signal"] else ("lower", "upper")
+            cells = ["-" if key in hidden else _shown(estimate[key]) for key in COLUMNS.values()]
             kept = _shown(values["keep"]) if source == ALL else "-"
             signal = "too few samples" if few else "yes" if estimate["signal"] else "no signal"
             lines.append(f"| {name} | {source} | {' | '.join(cells)} | {signal} | {kept} |")

@@ -18,6 +18,7 @@ from tokenclean.arrow import BLOCK_VALUES, ListColumn, lists_of
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
+from tokenclean.named import options_of
 from tokenclean.scoring.probe import Probe, share
 from tokenclean.scoring.table import ScoreTable, scores
 from tokenclean.selection.noise import MIN_SAMPLES, SIGNIFICANT
@@ -307,6 +308,8 @@ def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> 
         "base": tables[0].manifest["model"] if tables[0] is not None else None,
         "reference": tables[1].manifest["model"] if tables[1] is not None else None,
         "selection": dataclasses.asdict(config),
+        "rule_options": options_of(config.make()),
+        "attributes": tables[0].manifest.get("attributes") if tables[0] is not None else None,
         "seed": seed,
         "rows_seen_by_reference": int(scored.seen.sum()),
         "reasons": {str(code): text for code, text in (REASONS | config.make().reasons).items()},

@@ -51,7 +51,7 @@ from tokenclean.costs import (
     tokenise,
 )
 from tokenclean.data.cleaned import KIND as CLEANED
-from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
+from tokenclean.data.cleaned import CleanedPool, cleaned_schema, kept_share, write_cleaned_pool
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
@@ -125,6 +125,9 @@ class CleaningLoop:
             )
         for arm in loop.arms.values():
             make_module().use_weighting(arm.weighting, arm.weighting_options)
+        # What can be refused now need not wait until the pool is tokenised.
+        for column in self._columns("base") or []:
+            self.attributes.check(column)
         self._device = make_trainer(logger=False).strategy.root_device
         self._network: Network | None = None
         # Full fine-tuning changes the weights in place: theta_0 must then be read again.
@@ -181,10 +184,8 @@ class CleaningLoop:
             )
         needs_truth = [n for n, found in needs.items() if "pool.truth" in found]
         config = load_config(self.template.base).get_text_config()
-        for column in self._columns("base") or []:
-            self.attributes.check(column)
-            if column == "attention":
-                check_layer(self.attributes.depth(config), config, "attributes.layer")
+        if "attention" in (self._columns("base") or []):
+            check_layer(self.attributes.depth(config), config, "attributes.layer")
         for name, arm in self.loop.arms.items():
             if arm.selection(self.selection).estimates_keep and (reason := self.no_probes(arm)):
                 raise ValueError(f"selection.keep: auto: {reason}; give the arm {name} a number")
@@ -831,10 +832,7 @@ class CleaningLoop:
                     result.validation_nll = mean_nll(network, self.data.validation, loader)
                     charge_scoring(cost, self.shape, rows)
             if cleaned is not None:
-                # D_0, which is not cleaned, is left out.
-                rounds = cleaned.manifest.get("rounds", [None, cleaned.manifest])[1:]
-                ranked, kept = (sum(r[k] for r in rounds) for k in ("ranked_tokens", "kept_tokens"))
-                result.kept_share = kept / max(ranked, 1)
+                result.kept_share = kept_share(cleaned.manifest)
                 if self.pool.has_truth:
                     result.mask = mask_quality(cleaned)
             if is_arm and self.template.save_merged and adapters and not self.full_tuning:

@@ -91,6 +91,13 @@ def is_kept(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return kept
 
 
+def kept_share(manifest: dict[str, Any]) -> float:
+    """Kept share of the tokens that a cleaned pool ranked; D_0, which is not cleaned, left out."""
+    rounds = manifest.get("rounds", [None, manifest])[1:]
+    ranked, kept = (sum(r[k] for r in rounds) for k in ("ranked_tokens", "kept_tokens"))
+    return float(kept / max(ranked, 1))
+
+
 def is_cleaned_pool(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / DATA).is_file()
 

@@ -76,7 +76,8 @@ class AttributeSettings:
         if column in ("relevance", "relevance_hidden") and not self.words:
             raise ValueError(
                 f"attributes.experts: the column {column} needs the words of a domain; give the "
-                "name of a shipped list, such as maths, a file, or a list of words"
+                "name of a shipped list, such as maths, a file, or a list of words "
+                "(--attributes.experts of `clean`, --model.attributes.experts of `score`)"
             )
 
     def stated(self, columns: Sequence[Column], config: Any) -> dict[str, Any]:

@@ -122,9 +122,10 @@ class ScoreTable(ArrowTable):
             ValueError: saying how it is made.
         """
         if column not in self._columns:
+            columns = [*(name for name in self._columns if name != "nll"), column]
             raise ValueError(
-                f"{self.folder} has no column `{column}`; score it again with "
-                f"--model.columns '[{column}]'"
+                f"{self.folder} has no column `{column}`; score it again, under another --name, "
+                f"with --model.columns '[{', '.join(columns)}]'"
             )
 
     def of_row(self, row: int) -> np.ndarray:

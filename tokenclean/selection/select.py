@@ -68,7 +68,8 @@ class SelectionConfig:
         if self.keep == "auto":
             if self.estimates_keep and not (rule.by_score and self.scope == "global"):
                 raise ValueError(
-                    "selection.keep: auto goes with rules that rank by the score (token_cleaning) "
+                    "selection.keep: auto goes with rules that rank by the score (token_cleaning, "
+                    "forgetting) "
                     f"at scope global, not with {self.rule} at scope {self.scope}; give a number"
                 )
         elif not 0.0 < self.keep <= 1.0:

@@ -292,11 +292,12 @@ class CleanedSFTModule(LightningModule):
             )
         if self.weighs_globally:
             tokens, budget = loader.dataset.tokens_per_step(), loader.dataset.budget
-            log.info(
-                "%s weighs tokens over the global batch: activations of about %d tokens are in "
-                "memory at once, where otherwise those of %d are",
-                *(self.weighting_name, tokens, min(tokens, budget)),
-            )
+            if tokens > budget:
+                log.info(
+                    "%s weighs tokens over the global batch: activations of about %d tokens are in "
+                    "memory at once, where otherwise those of %d are",
+                    *(self.weighting_name, tokens, budget),
+                )
         elif self.weighting.scope == "batch":
             log.info("%s weighs tokens over each micro-batch", self.weighting_name)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from tokenclean.selection.rule import BELOW_CUT, KEPT, Rule, TokenBlock
+from tokenclean.selection.rule import KEPT, Rule, TokenBlock
+
+UNLIKELY = 4
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Stm(Rule):
 
     needs = ("base.nll",)
     ranked = False
+    reasons: ClassVar[dict[int, str]] = {UNLIKELY: "unlikely under the base"}
 
     def __post_init__(self) -> None:
         if not self.max_perplexity >= 1.0:
@@ -35,4 +39,4 @@ class Stm(Rule):
 
     def decide(self, block: TokenBlock) -> np.ndarray:
         likely = np.exp(block["base.nll"].astype(np.float64)) <= self.max_perplexity
-        return np.where(likely, KEPT, BELOW_CUT).astype(np.int8)
+        return np.where(likely, KEPT, UNLIKELY).astype(np.int8)

@@ -353,12 +353,13 @@ def _cleaned_batches(
         why = np.where(keep, KEPT, np.where(seen, SEEN, why)).astype(np.int8)
         reason = np.full(len(input_ids), PROMPT, dtype=np.int8)
         reason[answers] = why
-        weights = np.where(seen, np.float32(0.0), rule.weights(block, keep))
+        weights = rule.weights(block, keep)
+        weighted = (weights != 0.0) & ~seen
         labels = np.full(len(input_ids), NO_LOSS, dtype=np.int32)
-        with_loss = answers[weights != 0.0]
+        with_loss = answers[weighted]
         labels[with_loss] = input_ids[with_loss]
         weight = np.ones(len(input_ids), dtype=np.float32)
-        weight[with_loss] = weights[weights != 0.0]
+        weight[with_loss] = weights[weighted]
         sources = pool.sources.take(rows)
         _count(tally, sources.to_numpy(zero_copy_only=False), counts, why)
 
@@ -375,8 +376,12 @@ def _cleaned_batches(
             return pa.array(full, mask=~response)
 
         base, reference = (
-            None if table is None else scored.nll(table, part)
-            for table in (scored.base, scored.reference)
+            None
+            if table is None
+            else block.columns[f"{name}.nll"]
+            if f"{name}.nll" in block.columns
+            else scored.nll(table, part)
+            for name, table in (("base", scored.base), ("reference", scored.reference))
         )
         score = None if base is None or reference is None else scores(base, reference)
         priority = None if rule.by_score else rule.priority(block)

@@ -20,7 +20,7 @@ from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.named import options_of
 from tokenclean.scoring.probe import Probe, share
-from tokenclean.scoring.table import ScoreTable, scores
+from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.noise import MIN_SAMPLES, SIGNIFICANT
 from tokenclean.selection.rule import (
     BELOW_CUT,
@@ -31,6 +31,7 @@ from tokenclean.selection.rule import (
     TokenBlock,
     columns_needed,
     describe_need,
+    scores,
 )
 from tokenclean.selection.select import Selected, SelectionConfig, select
 from tokenclean.selection.topk import Histogram

@@ -123,8 +123,9 @@ class CleaningLoop:
                 "model.weighting: `clean` trains warm-up and references without weights; give it "
                 "to an arm, as loop.arms.<name>.weighting"
             )
+        module = make_module()
         for arm in loop.arms.values():
-            make_module().use_weighting(arm.weighting, arm.weighting_options)
+            module.use_weighting(arm.weighting, arm.weighting_options)
         # What can be refused now need not wait until the pool is tokenised.
         for column in self._columns("base") or []:
             self.attributes.check(column)

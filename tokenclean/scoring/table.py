@@ -33,6 +33,7 @@ from tokenclean.arrow import (
 from tokenclean.data.batches import Batch
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.selection.rule import scores
 from tokenclean.selection.topk import Histogram, ordered_keys
 
 KIND = "score table"
@@ -60,11 +61,6 @@ _SCHEMA = pa.schema(
         ("nll", pa.list_(pa.float32())),
     ]
 )
-
-
-def scores(base: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """base nll - reference nll, Eq. (3), in float64; shape (n,) all."""
-    return np.subtract(base, reference, dtype=np.float64)
 
 
 class ScoreTable(ArrowTable):

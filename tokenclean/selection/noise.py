@@ -31,6 +31,8 @@ from typing import Any, Final
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from tokenclean.selection.rule import scores
+
 #: Other prompts per response, and the ranks of its own that count as high.
 PARTNERS: Final = 7
 RANK: Final = 2
@@ -159,7 +161,7 @@ def estimate(found: Contrast) -> Estimate:
 
     The reference must not have been trained on these samples, nor on those whose prompts served.
     """
-    score = np.subtract(found.base, found.reference, dtype=np.float64)
+    score = scores(found.base, found.reference)
     numbers, of_token = np.unique(found.sample, return_inverse=True)
     size = len(numbers)
     lower, upper, tie, gain = 0.0, 1.0, 0.0, 0.0
@@ -257,8 +259,8 @@ def control_tail(found: Contrast, error: float = 0.05) -> float:
         np.searchsorted(LOSS_EDGES, values, side="right")
         for values in (found.base, found.control_base)
     )
-    score = np.subtract(found.base, found.reference, dtype=np.float64)
-    of_control = np.subtract(found.control_base, found.control_reference, dtype=np.float64)
+    score = scores(found.base, found.reference)
+    of_control = scores(found.control_base, found.control_reference)
     informative = 0.0
     for number in range(len(LOSS_EDGES) + 1):
         here, there = response == number, control == number

@@ -117,9 +117,14 @@ class Rule:
         return kept.astype(np.float32)
 
 
+def scores(base: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """base nll - reference nll, Eq. (3) of arXiv 2502.01968, in float64; shape (n,) all."""
+    return np.subtract(base, reference, dtype=np.float64)
+
+
 def score(block: TokenBlock) -> np.ndarray:
-    """base nll - reference nll, Eq. (3) of arXiv 2502.01968: float64, shape (n,)."""
-    return np.subtract(block["base.nll"], block["reference.nll"], dtype=np.float64)
+    """`scores` of a block: float64, shape (n,)."""
+    return scores(block["base.nll"], block["reference.nll"])
 
 
 def make_rule(name: str, options: Mapping[str, Value] | None = None) -> Rule:

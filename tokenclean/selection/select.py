@@ -55,6 +55,8 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         rule = self.make()
+        #: columns that the rule reads, ``table.column``; asked for with every block
+        self.needs = rule.needs
         unknown = [n for n in rule.needs if n.partition(".")[0] not in TABLES]
         if unknown:
             raise ValueError(
@@ -89,11 +91,6 @@ class SelectionConfig:
     def make(self) -> Rule:
         """A new instance of the rule."""
         return make_rule(self.rule, self.options)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Columns that the rule reads, ``table.column``."""
-        return self.make().needs
 
     @property
     def estimates_keep(self) -> bool:

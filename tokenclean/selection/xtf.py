@@ -8,13 +8,14 @@ words of a domain). The attributes are never added up, and the reason says which
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from skimage.filters import threshold_multiotsu
 
-from tokenclean.selection.rule import KEPT, Blocks, TokenBlock
+from tokenclean.selection.rule import KEPT, Blocks, Rule, TokenBlock
 
 Reasoning = Literal["none", "keys", "received", "standardised"]
 
@@ -187,6 +188,45 @@ class ReasoningImportance:
         if self._means is not None:
             return self._means.standardised(block)
         return block[self.column].astype(np.float64)
+
+
+@dataclass
+class Xtf(Rule):
+    """What both readings of XTF share: their options, and what is fitted to the pool.
+
+    Args:
+        reasoning: which reading of reasoning importance, see `ReasoningImportance`; ``none`` leaves
+            it out.
+        fence: of it, in interquartile ranges.
+        novelty: use knowledge novelty.
+        min_novelty: what counts as known.
+        relevance: use task relevance.
+        classes: clusters of it.
+    """
+
+    reasoning: Reasoning = "none"
+    fence: float = 1.0
+    novelty: bool = True
+    min_novelty: float = 0.05
+    relevance: bool = True
+    classes: int = 5
+    _importance: ReasoningImportance | None = field(default=None, init=False, repr=False)
+    _clusters: Clusters | None = field(default=None, init=False, repr=False)
+
+    ranked = False
+    reasons = REASONS
+    #: the column that task relevance is read from
+    relevance_column: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.needs = needs(self.reasoning, self.relevance_column if self.relevance else None)
+
+    def fit(self, blocks: Blocks) -> None:
+        if self.reasoning != "none":
+            self._importance = ReasoningImportance(blocks, self.reasoning)
+        if self.relevance:
+            column = self.relevance_column
+            self._clusters = Clusters(blocks, lambda b: b[column], self.classes, "relevance")
 
 
 def attention_column(reading: Reasoning) -> str:

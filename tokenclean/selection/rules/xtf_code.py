@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from tokenclean.selection.rule import Blocks, Rule, TokenBlock
+from tokenclean.selection.rule import TokenBlock
 from tokenclean.selection.xtf import (
-    REASONS,
-    Clusters,
-    Reasoning,
-    ReasoningImportance,
+    Xtf,
     below_fence,
     codes,
-    needs,
     novelty,
     worst_of,
 )
 
 
 @dataclass
-class XtfCode(Rule):
+class XtfCode(Xtf):
     """As `XtfPaper`, with the thresholds of the released code; at most a fifth or so is dropped.
 
     Args:
@@ -41,34 +37,18 @@ class XtfCode(Rule):
         limit: importance and relevance each drop at most this share of a response, worst first.
     """
 
-    reasoning: Reasoning = "none"
     fence: float = 1.5
-    novelty: bool = True
-    min_novelty: float = 0.05
     likely: float = 0.9
-    relevance: bool = True
-    classes: int = 5
     limit: float = 0.05
-    _importance: ReasoningImportance | None = field(default=None, init=False, repr=False)
-    _clusters: Clusters | None = field(default=None, init=False, repr=False)
 
-    ranked = False
-    reasons = REASONS
+    relevance_column = "base.relevance_hidden"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.limit <= 1.0 or not 0.0 <= self.likely <= 1.0:
             raise ValueError("selection.options: limit and likely are shares in [0, 1]")
         if self.classes < 2:
             raise ValueError(f"selection.options: classes = {self.classes}; at least 2 are needed")
-        self.needs = needs(self.reasoning, "base.relevance_hidden" if self.relevance else None)
-
-    def fit(self, blocks: Blocks) -> None:
-        if self.reasoning != "none":
-            self._importance = ReasoningImportance(blocks, self.reasoning)
-        if self.relevance:
-            self._clusters = Clusters(
-                blocks, lambda b: b["base.relevance_hidden"], self.classes, "relevance"
-            )
+        super().__post_init__()
 
     def decide(self, block: TokenBlock) -> np.ndarray:
         bounds = block.bounds()

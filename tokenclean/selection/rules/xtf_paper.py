@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from tokenclean.selection.rule import Blocks, Rule, TokenBlock
+from tokenclean.selection.rule import TokenBlock
 from tokenclean.selection.xtf import (
-    REASONS,
-    Clusters,
     Reasoning,
-    ReasoningImportance,
+    Xtf,
     below_fence,
     codes,
-    needs,
     novelty,
 )
 
 
 @dataclass
-class XtfPaper(Rule):
+class XtfPaper(Xtf):
     """Drop what fails in reasoning importance, knowledge novelty or task relevance; no keep share.
 
     Args:
@@ -38,16 +35,8 @@ class XtfPaper(Rule):
     """
 
     reasoning: Reasoning = "standardised"
-    fence: float = 1.0
-    novelty: bool = True
-    min_novelty: float = 0.05
-    relevance: bool = True
-    classes: int = 5
-    _importance: ReasoningImportance | None = field(default=None, init=False, repr=False)
-    _clusters: Clusters | None = field(default=None, init=False, repr=False)
 
-    ranked = False
-    reasons = REASONS
+    relevance_column = "base.relevance"
 
     def __post_init__(self) -> None:
         if self.reasoning == "keys":
@@ -60,15 +49,7 @@ class XtfPaper(Rule):
                 f"selection.options: classes = {self.classes}; the second lowest of at least 3 "
                 "clusters is dropped"
             )
-        self.needs = needs(self.reasoning, "base.relevance" if self.relevance else None)
-
-    def fit(self, blocks: Blocks) -> None:
-        if self.reasoning != "none":
-            self._importance = ReasoningImportance(blocks, self.reasoning)
-        if self.relevance:
-            self._clusters = Clusters(
-                blocks, lambda b: b["base.relevance"], self.classes, "relevance"
-            )
+        super().__post_init__()
 
     def decide(self, block: TokenBlock) -> np.ndarray:
         none = np.zeros(block.size, dtype=bool)

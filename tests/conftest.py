@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +211,83 @@ def llama_nll_float64(
     logits = final @ weights["lm_head.weight"].T
     chosen = torch.as_tensor(ids)[1:, None]
     return logits[:-1].logsumexp(-1) - logits[:-1].gather(1, chosen)[:, 0]
+
+
+#: Where Debian, Ubuntu, and Chrome's own packages put a browser; CHROMIUM names another.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless browser of the system; tests that need one are skipped where there is none."""
+    found = (os.environ.get("CHROMIUM"), *map(shutil.which, BROWSERS))
+    program = next((p for p in found if p), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, CHROMIUM is not set")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # A container's root cannot have the sandbox; only our own pages are opened.
+        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class BrowserPage:
+    """A page without a network, and everything that went wrong in it.
+
+    Attributes:
+        page: of playwright.
+        errors: messages of the console that are errors or warnings, uncaught exceptions, and
+            requests that left the disk.
+    """
+
+    def __init__(self, page: Any):
+        self.page = page
+        self.errors: list[str] = []
+        page.on("console", lambda m: self._note(m.type in ("error", "warning"), m.text))
+        page.on("pageerror", lambda error: self._note(True, str(error)))
+        page.on("dialog", lambda dialog: (self._note(True, "a dialog"), dialog.dismiss()))
+        page.on(
+            "request",
+            lambda r: self._note(not r.url.startswith(("file:", "data:", "blob:")), r.url),
+        )
+
+    def _note(self, wrong: bool, text: str) -> None:
+        if wrong:
+            self.errors.append(text)
+
+    def open(self, path: Path) -> Any:
+        """Open a file; returns the page of playwright."""
+        self.page.goto(path.resolve().as_uri())
+        return self.page
+
+
+@pytest.fixture
+def browser_page(browser: Any) -> Iterator[BrowserPage]:
+    """A fresh page, 1280 x 900."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    yield BrowserPage(context.new_page())
+    context.close()
+
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Where everything is installed, a check that does not run is a failure.
+    if os.environ.get("CI") and _skipped and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    fatal = " (each one is a failure where CI is set)" if os.environ.get("CI") and _skipped else ""
+    terminalreporter.write_line(f"skipped: {len(_skipped)}{fatal}")
+    for line in _skipped:
+        terminalreporter.write_line(f"  {line}")

@@ -16,7 +16,8 @@ FLOORS: list[set[str]] = [
     {"scoring", "evaluation"},
     {"training"},
     {"cleaning"},
-    {"plan"},
+    {"plan", "finished"},
+    {"report", "export"},
     {"commands", "noise_verb", "study", "cli", "__main__"},
 ]
 

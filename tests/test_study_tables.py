@@ -19,11 +19,12 @@ from conftest import byte_level_tokenizer, character_tokenizer, sentencepiece_to
 from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
+from tokenclean.data.pieces import token_texts
 from tokenclean.evaluation.planted import Accuracy, MaskQuality
+from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import Spread, Table, groups_of, headlines_of, spread
 from tokenclean.study.compare import difference
-from tokenclean.study.examples import Example, Piece, html_page, markdown_page, token_texts
-from tokenclean.study.figures import Line, draw_lines
+from tokenclean.study.examples import Example, Piece, html_page, markdown_page
 from tokenclean.study.rounds import read_round, trend
 from tokenclean.study.tables import REPORTS, Cell, report
 from tokenclean.study.theory import Bound, verdict

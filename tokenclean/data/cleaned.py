@@ -22,12 +22,15 @@ truth          list<int8>     planted pools only: 1 informative, 0 uninformative
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenclean.arrow import (
@@ -142,3 +145,99 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> dict[str, Any]:
             f"model.base has ({now})"
         )
     return manifest
+
+
+@dataclass
+class CleanedBlock:
+    """Some neighbouring rows of a cleaned pool: R rows of n tokens, arrays end to end.
+
+    Attributes:
+        first: number of the first row.
+        ids, sources: of the rows, R of each.
+        rounds: int32, shape (R,).
+        counts: tokens of each row, int64, shape (R,).
+        input_ids, labels: int32, shape (n,).
+        response: bool, shape (n,).
+        base, reference: losses in nats, float32, shape (n,); NaN where there is none.
+        score, priority: float64, shape (n,); NaN where there is none.
+        reason: int8, shape (n,).
+        weight: float32, shape (n,).
+        truth: int8, shape (n,); None unless the pool is planted.
+    """
+
+    first: int
+    ids: list[str]
+    sources: list[str]
+    rounds: np.ndarray
+    counts: np.ndarray
+    input_ids: np.ndarray
+    labels: np.ndarray
+    response: np.ndarray
+    base: np.ndarray
+    reference: np.ndarray
+    score: np.ndarray
+    priority: np.ndarray
+    reason: np.ndarray
+    weight: np.ndarray
+    truth: np.ndarray | None
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Tokens that are to be learnt: bool, shape (n,)."""
+        return is_kept(self.labels, self.weight)
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """Row of each token within the block, int64, shape (n,)."""
+        return np.repeat(np.arange(len(self.ids)), self.counts)
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """Place of each token in its row, int64, shape (n,)."""
+        starts = np.cumsum(self.counts) - self.counts
+        return np.arange(len(self.input_ids)) - np.repeat(starts, self.counts)
+
+    def tokens_of(self, row: int) -> slice:
+        """The tokens of a row of the block."""
+        stop = int(self.counts[: row + 1].sum())
+        return slice(stop - int(self.counts[row]), stop)
+
+
+def read_blocks(folder: Path, rows: int = ROWS_PER_SHARD) -> Iterator[CleanedBlock]:
+    """A cleaned pool in pool order, some rows at a time; memory holds one block.
+
+    Raises:
+        ValueError: if the folder holds no cleaned pool.
+    """
+    read_manifest(folder, KIND)
+    first = 0
+    for batch in pq.ParquetFile(folder / DATA).iter_batches(rows):
+        lists = [f.name for f in batch.schema if pa.types.is_list(f.type)]
+        columns = {name: batch.column(name).flatten() for name in lists}
+
+        def numbers(name: str, columns: dict[str, pa.Array] = columns) -> np.ndarray:
+            array: np.ndarray = columns[name].to_numpy(zero_copy_only=False)
+            return array
+
+        score = numbers("score").astype(np.float64)
+        yield CleanedBlock(
+            first=first,
+            ids=batch.column("id").to_pylist(),
+            sources=batch.column("source").to_pylist(),
+            rounds=batch.column("round").to_numpy(),
+            counts=pc.list_value_length(batch.column("input_ids")).to_numpy().astype(np.int64),
+            input_ids=numbers("input_ids"),
+            labels=numbers("labels"),
+            response=numbers("response_mask").astype(bool),
+            base=numbers("base_nll").astype(np.float32),
+            reference=numbers("reference_nll").astype(np.float32),
+            score=score,
+            # older pools lack it
+            priority=numbers("priority").astype(np.float64)
+            if "priority" in columns
+            else np.full_like(score, np.nan),
+            reason=numbers("reason"),
+            weight=numbers("weight"),
+            truth=numbers("truth") if "truth" in columns else None,
+        )
+        first += batch.num_rows

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
+from tokenclean.data.pieces import token_texts
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
 from tokenclean.models import BaseConfig
 from tokenclean.models.loading import load_tokenizer
@@ -57,31 +58,6 @@ class Example:
         """Neighbours of one kind and truth put together."""
         for (kind, truth), part in groupby(self.pieces, key=lambda p: (p.kind, p.truth)):
             yield Piece("".join(p.text for p in part), kind, truth)
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text; together they are that text.
-
-    A token that ends within a character adds nothing, the one that completes it adds it.
-    """
-
-    def decode(part: Sequence[int]) -> str:
-        return str(
-            tokenizer.decode(
-                list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
-
-    texts, before = [], ""
-    for stop in range(1, len(ids) + 1):
-        now = decode(ids[:stop])
-        partial = now.endswith("\ufffd") and stop < len(ids)
-        if partial or not now.startswith(before):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        before = now
-    return texts if before == decode(ids) else [decode([i]) for i in ids]
 
 
 def choose(pool: CleanedPool, uncleaned: Collection[str], per_source: int) -> list[str]:

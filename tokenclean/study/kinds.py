@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from tokenclean.data.cleaned import CleanedPool
+from tokenclean.data.pieces import token_texts
 from tokenclean.data.planted import (
     BOILERPLATE_FIRST,
     BOILERPLATE_LAST,
@@ -23,7 +24,6 @@ from tokenclean.data.planted import (
     TALES,
     world,
 )
-from tokenclean.study.examples import token_texts
 
 #: ``value`` is the answer itself, ``frame`` the rest of its sentence, ``end`` the end-of-sequence
 #: token; these three are informative. ``corrupted`` is a wrong value. The others are sentences that

@@ -21,6 +21,7 @@ from tokenclean.cleaning.results import ArmResult
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, Accuracy, MaskQuality, mask_quality
+from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import (
     Cell,
     Spread,
@@ -34,7 +35,6 @@ from tokenclean.study.cells import (
     seeds_note,
     spread,
 )
-from tokenclean.study.figures import Line, draw_lines
 from tokenclean.study.theory import BOUND_COLUMNS, WARNINGS, Bound, bound_cells
 
 

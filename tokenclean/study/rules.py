@@ -18,6 +18,7 @@ from tokenclean.cleaning.results import ArmResult
 from tokenclean.costs import COSTS, SHARED, Cost
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, MaskQuality
+from tokenclean.report.figures import draw_matrix
 from tokenclean.selection.rule import make_rule
 from tokenclean.selection.xtf import REASONS
 from tokenclean.study.cells import (
@@ -35,7 +36,6 @@ from tokenclean.study.cells import (
     spread,
 )
 from tokenclean.study.compare import difference, questions_note
-from tokenclean.study.figures import draw_matrix
 from tokenclean.study.kinds import KIND_ROWS
 from tokenclean.study.masks import ATTRIBUTES, Masks, measure
 from tokenclean.training.weights import Weighting, make_weighting

@@ -12,8 +12,8 @@ import numpy as np
 from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
+from tokenclean.report.figures import Cloud, draw_clouds, write_numbers
 from tokenclean.study.cells import Cell, Table, arms_of, by_variant, file_name
-from tokenclean.study.figures import Cloud, draw_clouds, write_numbers
 from tokenclean.study.rounds import cleaned_pool, round_folders
 
 #: Tokens drawn per panel: more hide each other.

@@ -14,6 +14,7 @@ from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ANSWERS, ArmResult
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, MaskQuality
+from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import (
     Cell,
     Spread,
@@ -31,7 +32,6 @@ from tokenclean.study.cells import (
 )
 from tokenclean.study.compare import difference, missing_answers, questions_note
 from tokenclean.study.examples import examples_tables
-from tokenclean.study.figures import Line, draw_lines
 from tokenclean.study.noise import noise_tables
 from tokenclean.study.rounds import rounds_tables
 from tokenclean.study.rules import rules_tables

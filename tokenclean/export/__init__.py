@@ -1,0 +1,1 @@
+"""Cleaned pools and trained models for other tools."""

@@ -1,0 +1,164 @@
+"""A finished run read back: which cleaned pools it holds, and with what to decode them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenclean.arrow import read_manifest
+from tokenclean.data.cleaned import KIND, is_cleaned_pool
+from tokenclean.data.template import fingerprint_tokenizer
+from tokenclean.models import TRAINED_IDS, BaseConfig
+from tokenclean.models.loading import load_tokenizer
+from tokenclean.runs import CONFIG
+
+#: What the pool of a run of `select`, or a bare cleaned pool, is called where arms have names.
+ONLY = "selected"
+
+
+@dataclass(frozen=True)
+class CleanedArm:
+    """One cleaned pool of a run.
+
+    Attributes:
+        name: of the arm.
+        folder: holds ``cleaned/`` and, where something was trained, ``adapter/``.
+        cleaned: the cleaned pool.
+        rounds: round -> its folder, ascending from 1; empty unless it is self-evolving.
+    """
+
+    name: str
+    folder: Path
+    cleaned: Path
+    rounds: dict[int, Path] = field(default_factory=dict)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Of the cleaned pool."""
+        return read_manifest(self.cleaned, KIND)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The trained weights, if there are any; after full fine-tuning a whole model."""
+        place = self.folder / "adapter"
+        return place if (place / TRAINED_IDS).is_file() else None
+
+
+class FinishedRun:
+    """A run of `clean` or `select`, or a bare cleaned pool.
+
+    Args:
+        folder: of the run, of one of its arms, or of a cleaned pool.
+        tokenizer: path or hub name of the pool's tokenizer, where the run does not say.
+
+    Attributes:
+        arms: name -> arm, in the run's order.
+        config: the run's resolved configuration; empty if there is none.
+
+    Raises:
+        ValueError: if there is no cleaned pool in it.
+    """
+
+    def __init__(self, folder: Path, tokenizer: str | None = None):
+        self.folder, self._given = Path(folder), tokenizer
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is no folder; give that of a run of `clean` or `select`")
+        self.config = _read_yaml(self.folder / CONFIG)
+        self.arms: dict[str, CleanedArm] = {}
+        if (self.folder / "arms").is_dir():
+            named = list((self.config.get("loop") or {}).get("arms") or {})
+            found = sorted(p.name for p in (self.folder / "arms").iterdir())
+            for name in [*(n for n in named if n in found), *(n for n in found if n not in named)]:
+                self._add(name, self.folder / "arms" / name)
+        else:
+            self._add(ONLY, self.folder)
+            if not self.config and self.folder.parent.name == "arms":
+                # an arm of a run, named by itself
+                self.config = _read_yaml(self.folder.parent.parent / CONFIG)
+        if not self.arms:
+            studied = (self.folder / "study.json").is_file()
+            raise ValueError(
+                f"{folder} is a study; give one of its runs, {folder}/runs/..."
+                if studied
+                else f"{folder} holds no cleaned pool; give the folder of a finished run of "
+                "`clean` or `select`, of an arm, or of a cleaned pool"
+            )
+
+    def _add(self, name: str, folder: Path) -> None:
+        cleaned = next((p for p in (folder / "cleaned", folder) if is_cleaned_pool(p)), None)
+        if cleaned is None:
+            return
+        rounds = {
+            int(p.name.removeprefix("round_")): p
+            for p in folder.glob("round_*")
+            if is_cleaned_pool(p / "cleaned")
+        }
+        self.arms[name] = CleanedArm(name, folder, cleaned, dict(sorted(rounds.items())))
+
+    def arm(self, name: str | None) -> CleanedArm:
+        """One arm by its name; None: the only one.
+
+        Raises:
+            ValueError: listing the arms.
+        """
+        listed = ", ".join(self.arms)
+        if name is None and len(self.arms) == 1:
+            return next(iter(self.arms.values()))
+        if name is None:
+            raise ValueError(f"--arm: {self.folder} has several; choose from {listed}")
+        if name not in self.arms:
+            raise ValueError(f"--arm: {self.folder} has no arm {name!r}; choose from {listed}")
+        return self.arms[name]
+
+    @cached_property
+    def base(self) -> BaseConfig | None:
+        """The base model as the run names it; None if it does not."""
+        for config in (self.config, *self._scored_by()):
+            named = (config.get("model") or {}).get("base") or {}
+            if "name" in named:
+                known = ("name", "tokenizer", "revision", "trust_remote_code", "dtype")
+                return BaseConfig(**{key: named[key] for key in known if key in named})
+        return None
+
+    def _scored_by(self) -> list[dict[str, Any]]:
+        """Configurations of the runs of `score` that a run of `select` took its tables from."""
+        named = [Path(p) for key in ("base", "reference") if (p := self.config.get(key))]
+        return [_read_yaml(place / CONFIG) for path in named for place in (path, path.parent)]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that made the run's pools.
+
+        Raises:
+            ValueError: if the run does not name it, or it is not the one that made the pools.
+        """
+        if self._given is not None:
+            base = BaseConfig(name=self._given)
+        elif self.base is not None:
+            base = self.base
+        else:
+            raise ValueError(
+                f"{self.folder} does not say which model its tokens belong to; name its tokenizer "
+                "with --tokenizer"
+            )
+        tokenizer = load_tokenizer(base)
+        made = {str(arm.manifest["tokenizer"]) for arm in self.arms.values()}
+        now = fingerprint_tokenizer(tokenizer)
+        if made != {now}:
+            raise ValueError(
+                f"{base.tokenizer or base.name} has another tokenizer (fingerprint {now}) than the "
+                f"one that made the pools of {self.folder} ({', '.join(sorted(made))}); name that "
+                "one with --tokenizer"
+            )
+        return tokenizer
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A stored configuration; empty if it is not there."""
+    if not path.is_file():
+        return {}
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}

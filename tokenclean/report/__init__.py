@@ -1,0 +1,1 @@
+"""What was cleaned, to look at: statistics, figures, pages."""

@@ -247,7 +247,7 @@ class BrowserPage:
         self.errors: list[str] = []
         page.on("console", lambda m: self._note(m.type in ("error", "warning"), m.text))
         page.on("pageerror", lambda error: self._note(True, str(error)))
-        page.on("dialog", lambda dialog: (self._note(True, "a dialog"), dialog.dismiss()))
+        page.on("dialog", self._refuse)
         page.on(
             "request",
             lambda r: self._note(not r.url.startswith(("file:", "data:", "blob:")), r.url),
@@ -256,6 +256,10 @@ class BrowserPage:
     def _note(self, wrong: bool, text: str) -> None:
         if wrong:
             self.errors.append(text)
+
+    def _refuse(self, dialog: Any) -> None:
+        self._note(True, "a dialog")
+        dialog.dismiss()
 
     def open(self, path: Path) -> Any:
         """Open a file; returns the page of playwright."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ def test_every_stage_has_a_cost(finished: Path) -> None:
     scored = {key: r["samples"] for key, r in rows.items() if key[1] == "score"}
     assert scored == {
         ("shared", "score", None): 86,  # 43 samples under two models
-        ("self_evolving", "score", 1): 9,
-        ("self_evolving", "score", 2): 9,
-        ("self_evolving", "score", 3): 8,
-        ("self_evolving", "score", 4): 8,
+        # a round's part, and the panel: all 8 of the last part
+        ("self_evolving", "score", 1): 9 + 8,
+        ("self_evolving", "score", 2): 9 + 8,
+        ("self_evolving", "score", 3): 8 + 8,
+        ("self_evolving", "score", 4): 8 + 8,
     }
     trained = {key: r["samples"] for key, r in rows.items() if key[1] == "train" and r["samples"]}
     rounds = {1: 9, 2: 9, 3: 8, 4: 8}
@@ -289,7 +291,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         run(tmp_path / "b", model_folder, tmp_path / "planted.jsonl", arms=SHORT)
     monkeypatch.setattr(loop_module, "clean", real)
     resumed = run(tmp_path / "b", model_folder, tmp_path / "planted.jsonl", arms=SHORT)
-    assert calls == [0, 1, 2, 3]
+    assert calls == [0, 1, 1, 2, 2, 3]  # each round and its panel
     name = "arms/self_evolving/adapter/adapter_model.safetensors"
     assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
@@ -405,3 +407,66 @@ def test_oracle_without_truth_is_refused_before_a_model_loads(
     arms = {"oracle": {"schedule": "fixed_model", "rule": "oracle"}}
     with pytest.raises(ValueError, match="truth"):
         run(tmp_path, model_folder, pool_file, arms=arms)
+
+
+def test_every_rounds_reference_masks_the_same_panel(
+    tmp_path: Path, model_folder: Path, finished: Path
+) -> None:
+    """9, 9, 9, 8, 8 samples in D_0 ... D_4: a panel of 5 lies in D_4, which none of them saw."""
+    folder = run(tmp_path, model_folder, planted_file(tmp_path), "--loop.panel", "5", arms=SHORT)
+    arm = folder / "arms" / "self_evolving"
+    last = {row["id"] for row in rows_of(arm / "round_4" / "cleaned")}
+    panels = [rows_of(arm / f"round_{t}" / "panel" / "cleaned") for t in (1, 2, 3, 4)]
+    ids = [row["id"] for row in panels[0]]
+    assert len(ids) == 5 and set(ids) < last
+    for number, panel in enumerate(panels, start=1):
+        assert [row["id"] for row in panel] == ids
+        assert {row["round"] for row in panel} == {number}
+        tokens = sum(sum(row["response_mask"]) for row in panel)
+        kept = sum(label != -100 for row in panel for label in row["labels"])
+        assert kept == int(tokens * 0.6)
+    # The last round's own scores of those rows are the panel's: the same model, the same base.
+    own = {row["id"]: row for row in rows_of(arm / "round_4" / "cleaned")}
+    for row in panels[3]:
+        assert row["score"] == pytest.approx(own[row["id"]]["score"], abs=1e-5)
+        assert row["score"] != pytest.approx(panels[0][ids.index(row["id"])]["score"], abs=1e-5)
+    # It is measured, not trained on: the models are those of a run without it.
+    without = run(
+        *(tmp_path / "without", model_folder, planted_file(tmp_path), "--loop.panel", "0"),
+        arms=SHORT,
+    )
+    assert not list(without.rglob("panel"))
+    ours, theirs = (
+        load_file(place / "arms" / "self_evolving" / "adapter" / "adapter_model.safetensors")
+        for place in (folder, without)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a cleaned pool."""
+    rows: list[dict[str, Any]] = pq.read_table(folder / "data.parquet").to_pylist()
+    return rows
+
+
+def test_a_run_that_was_trained_without_a_panel_gets_it_later(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """As after a call that was cut off between the two: the panel's model is put together again."""
+    folder = run(tmp_path, model_folder, planted_file(tmp_path), arms=SHORT)
+    places = sorted((folder / "arms" / "self_evolving").glob("round_*/panel"))
+    before = [rows_of(place / "cleaned") for place in places]
+    assert len(places) == 4
+    for place in places:
+        shutil.rmtree(place)
+    again = run(tmp_path, model_folder, planted_file(tmp_path), arms=SHORT)
+    for place, rows in zip(places, before, strict=True):
+        for one, other in zip(
+            rows_of(again / place.relative_to(folder) / "cleaned"), rows, strict=True
+        ):
+            assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_a_panel_of_fewer_than_no_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loop\.panel"):
+        LoopConfig(arms={"full": Arm("fixed_model", "full")}, panel=-1)

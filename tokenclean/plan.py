@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenclean.cleaning.arms import LoopConfig, halves
+from tokenclean.cleaning.arms import LoopConfig, halves, panel_rows
 from tokenclean.costs import (
     SHARED,
     Cost,
@@ -311,6 +311,9 @@ class Planner:
                 for number, part in enumerate(parts[1:], start=1):
                     needs = arm.needs(selection)
                     costs += self._round(name, needs, loop, number, rows[part], depth)
+                    if loop.panel and columns_needed(needs, "reference") is not None:
+                        panel = rows[panel_rows(parts, loop.panel, self.data.seed)]
+                        costs += self._round(name, needs, loop, number, panel, depth)
                     if chosen.estimates_keep:
                         costs += self.probe(name, rows[part], number, depth)
                     informative = None if truth is None else truth[part]

@@ -153,6 +153,9 @@ class LoopConfig:
         warmup: an earlier run's ``warmup`` folder, to take its model instead of training one; it
             must have been trained on this run's D_0.
         evaluate_rounds: also measure the warm-up model and the model after every round.
+        panel: samples of the last part, which no round's reference was trained on, that every
+            self-evolving round's reference scores and the rule masks, so that the rounds' masks can
+            be compared on the same tokens; 0: none.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
@@ -164,6 +167,7 @@ class LoopConfig:
     reference: str | None = None
     warmup: str | None = None
     evaluate_rounds: bool = False
+    panel: int = 200
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -178,10 +182,19 @@ class LoopConfig:
                 "loop.score_base: previous needs one adapter per round; it does not go with "
                 "loop.continue_adapter"
             )
+        if self.panel < 0:
+            raise ValueError(f"loop.panel: {self.panel} samples; give 0 for none")
         for name in ("warmup_epochs", "half_epochs"):
             epochs = getattr(self, name)
             if epochs is not None and epochs < 1:
                 raise ValueError(f"loop.{name}: {epochs}; at least 1 is needed")
+
+
+def panel_rows(parts: list[np.ndarray], size: int, seed: int) -> np.ndarray:
+    """Rows of the last part that every round's reference scores: drawn by the seed, ascending."""
+    chosen = np.random.default_rng(seed).permutation(len(parts[-1]))[:size]
+    rows: np.ndarray = np.sort(parts[-1][chosen])
+    return rows
 
 
 def halves(parts: list[np.ndarray]) -> list[np.ndarray]:

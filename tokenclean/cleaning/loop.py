@@ -18,7 +18,8 @@ that appears only when it is complete, so a run that was cut off goes on where i
       scores/half_<h>/        cross-fitted: a half's rows under that model
       scores/<table>_probe/   keep: auto: base/ and reference/, see scoring/probe.py
       arms/<arm>/half_<h>/    cross-fitted: cleaned/ (that half)
-      arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/
+      arms/<arm>/round_<t>/   self-evolving: scores/ (under theta_t), cleaned/ (D_t), adapter/,
+                              panel/ (the same rows in every round: scores/, cleaned/)
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lightning import Trainer, seed_everything
 
 from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, read_manifest, write_json
 from tokenclean.cleaning.apply import ScoredRows, add_up, clean, reasons_table
-from tokenclean.cleaning.arms import Arm, LoopConfig, Schedule, halves
+from tokenclean.cleaning.arms import Arm, LoopConfig, Schedule, halves, panel_rows
 from tokenclean.cleaning.results import ANSWERS, RESULT, ArmResult, write_results
 from tokenclean.costs import (
     SHARED,
@@ -595,6 +596,8 @@ class CleaningLoop:
             if scored.seen.any():
                 raise RuntimeError(f"round {number} scores rows that its reference was trained on")
             self._clean(scored, selection, step)
+            if reference is not None and self.loop.panel:
+                self._panel(step, parts, number, stack, arm, selection, probes)
             if not _is_trained(step):
                 self._train(step, stack, number, arm=arm)
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
@@ -602,6 +605,38 @@ class CleaningLoop:
                 pool = CleanedPool(step / "cleaned", self._cache)
                 self._evaluated(f"round_{number}", step, stack, pool, is_arm=False)
         return stack
+
+    def _panel(
+        self,
+        step: Path,
+        parts: list[np.ndarray],
+        number: int,
+        stack: list[Path],
+        arm: Arm,
+        selection: SelectionConfig,
+        probes: tuple[Probe, Probe] | None,
+    ) -> None:
+        """Score and mask the same rows under every round's reference, which is in memory after."""
+        place = step / "panel"
+        if (place / "cleaned" / MANIFEST).is_file():
+            return
+        if _is_trained(step):  # by a call that was cut off, or without a panel
+            self._at(stack)
+        rows = panel_rows(parts, self.loop.panel, self.data.seed)
+        base = self._round_base(place, rows, stack) if self._asks(arm, "base") else None
+        reference = self._score(
+            place / "scores",
+            rows,
+            lambda: self.network,
+            stack,
+            columns=columns_needed(arm.needs(self.selection), "reference"),
+        )
+        scored = ScoredRows(self.pool, rows, base, reference, round=number, probes=probes)
+        with self._measured("select", place) as cost:
+            # Whatever it keeps: nothing is trained on it.
+            selected = clean(scored, selection, self.seed + number, place / "cleaned")
+            cost.samples, cost.targets = len(rows), len(selected.keep)
+            cost.disk = directory_bytes([place / "cleaned"])
 
     # -- probes, for keep: auto ---------------------------------------------------------------
 

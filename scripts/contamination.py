@@ -17,14 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean.data.contamination import WORDS, contamination
-from tokenclean.data.formats import BadLine, Reader
+from tokenclean.data.formats import BadLine, Reader, TokenSample
 
 #: Where benchmarks keep the text that a model is asked about, the question itself first.
 COLUMNS = ("question", "query", "ctx", "sentence", "prompt", "input", "text")
 
 
 def pool_texts(reader: Reader) -> Iterator[str]:
+    """Every turn of the pool.
+
+    Raises:
+        ValueError: for a sample that is no conversation.
+    """
     for sample in reader:
+        if isinstance(sample, TokenSample):
+            raise ValueError(f"--pool: sample {sample.id!r} comes as tokens; give the texts")
         if not isinstance(sample, BadLine):
             yield from (message.content for message in sample.messages)
 

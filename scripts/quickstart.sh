@@ -16,6 +16,9 @@ started=$(date +%s)
 "$python" -m tokenclean clean \
     -c configs/model/planted.yaml -c configs/data/planted_small.yaml -c configs/fit/planted.yaml \
     -c configs/clean/planted.yaml -c configs/clean/quickstart.yaml --name quickstart "$@"
+if [ -f outputs/quickstart/results.json ]; then # not after --estimate
+    "$python" -m tokenclean report outputs/quickstart
+fi
 cat <<'E'
 
 How to read this: ORACLE trains on the planted truth, FULL on every token, RESTART_FULL on every token
@@ -24,4 +27,5 @@ published score ranks corrupted answers highest, and SELF_EVOLVING loses what th
 property of the method on this pool, not a failed run: the README's "What to expect" has all arms over
 three seeds.
 E
-echo "quickstart: $(($(date +%s) - started)) s after installation; everything is in outputs/quickstart"
+echo "quickstart: $(($(date +%s) - started)) s after installation; everything is in outputs/quickstart,"
+echo "what was cleaned in outputs/quickstart/report/report.html"

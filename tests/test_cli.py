@@ -72,6 +72,9 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         **dict.fromkeys(("fit", "score"), "--data.path"),
         **dict.fromkeys(("select", "clean"), "--selection.keep"),
         "evaluate": "--against",
+        "report": "--samples",
+        "show": "--losses",
+        "export": "--push_to_hub",
         "noise": "--alignment",
         "study": "--study.seeds",
         "results": "--reports",
@@ -346,8 +349,11 @@ class TestEstimate:
             ["shared", "score", "-", "40"],  # warm-up
             ["fixed", "select", "-", "40"],
             ["fixed", "train", "-", "40"],
-            *(["own", stage, "1", "13"] for stage in ("score", "select", "train")),
-            *(["own", stage, "2", "13"] for stage in ("score", "select", "train")),
+            # each round, its panel (all 13 of the last part) between selecting and training
+            *(["own", stage, "1", "13"] for stage in ("score", "select") * 2),
+            ["own", "train", "1", "13"],
+            *(["own", stage, "2", "13"] for stage in ("score", "select") * 2),
+            ["own", "train", "2", "13"],
             ["own", "select", "-", "-"],  # rounds joined
             ["own", "train", "-", "-"],
         ]

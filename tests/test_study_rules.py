@@ -17,6 +17,7 @@ from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.costs import Cost
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
+from tokenclean.data.kinds import KIND_ROWS, KINDS, noise_kind, token_kinds
 from tokenclean.data.pieces import token_texts
 from tokenclean.data.planted import (
     BOILERPLATE_FIRST,
@@ -29,7 +30,6 @@ from tokenclean.data.planted import (
 from tokenclean.evaluation.planted import Accuracy, MaskQuality
 from tokenclean.models import BaseConfig, load_tokenizer
 from tokenclean.study.cells import Cell
-from tokenclean.study.kinds import KIND_ROWS, KINDS, noise_kind, token_kinds
 from tokenclean.study.masks import kappa
 from tokenclean.study.rules import describe, normalisation, reads
 from tokenclean.study.tables import report

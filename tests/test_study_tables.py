@@ -14,12 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from conftest import byte_level_tokenizer, character_tokenizer, sentencepiece_tokenizer
 
 from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
-from tokenclean.data.pieces import token_texts
 from tokenclean.evaluation.planted import Accuracy, MaskQuality
 from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import Spread, Table, groups_of, headlines_of, spread
@@ -562,18 +560,6 @@ def test_scores_are_drawn_and_counted(tmp_path: Path) -> None:
     assert len(points) == 12 and {p["panel"] for p in points} == {"round 1", "round 2"}
     assert sum(p["class"] == "corrupted" and p["kept"] == "1" for p in points) == 2
     assert "figures/scores_evolve.png" in text
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [byte_level_tokenizer(), sentencepiece_tokenizer(), character_tokenizer()]
-)
-@pytest.mark.parametrize("text", ["The sky is blue.", "naïve 日本 ☃!", "a  b\n c"])
-def test_token_texts_make_up_the_text(tokenizer: Any, text: str) -> None:
-    ids = tokenizer(text)["input_ids"]
-    texts = token_texts(tokenizer, ids)
-    whole = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert len(texts) == len(ids) and "".join(texts) == whole
-    assert "\ufffd" not in "".join(texts)
 
 
 NASTY = "<script>alert('x')</script> *a* `b` | [c](d) & ~~e~~"

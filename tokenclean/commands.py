@@ -62,6 +62,7 @@ from tokenclean.runs import (
 )
 from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
+from tokenclean.scoring.logprobs import check_file, import_logprobs
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.probe import Probe, sentence_ends, write_probe
 from tokenclean.scoring.table import ScoreTable
@@ -86,6 +87,8 @@ set_parsing_settings(
 #: folder of a run of `score`, beside its table
 PROBE = "probe"
 
+#: Options of `score` that take losses from elsewhere.
+_IMPORT = ("logprobs", "logprobs_model", "logprobs_trained_on")
 _USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
 _TRAINING_PRECISION = "bf16-mixed" if _ON_GPU else "32-true"
@@ -139,6 +142,24 @@ class _Cli(LightningCLI):
                 help="also look at responses after other samples' prompts (one device), which "
                 "`select --selection.keep auto` needs of base and reference",
             )
+            parser.add_argument(
+                "--logprobs",
+                type=str | None,
+                help="take the losses from a file of log-probabilities that were computed "
+                "elsewhere (JSONL, JSON or Parquet of id, logprobs and, if wanted, token_ids), "
+                "and run no model",
+            )
+            parser.add_argument(
+                "--logprobs_model",
+                type=str | None,
+                help="name of the model that computed them; default: the file's stem",
+            )
+            parser.add_argument(
+                "--logprobs_trained_on",
+                type=str | None,
+                help="file of the ids of samples that this model was trained on: a JSON list, or "
+                "one per line",
+            )
         if self.verb == "clean":
             parser.add_class_arguments(SelectionConfig, "selection")
             parser.add_class_arguments(LoopConfig, "loop")
@@ -148,6 +169,9 @@ class _Cli(LightningCLI):
         _check_arms([str(file) for file in self.config.get("config") or []])
         self.plain = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
         self.estimate = self.plain.pop("estimate")
+        for option in _IMPORT:  # runs without them are the ones they have always been
+            if self.plain.get(option) is None:
+                self.plain.pop(option, None)
         self.folder = _folder(self.config, self.plain, self.verb)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -257,11 +281,12 @@ def fit(argv: list[str]) -> None:
 
 
 def score(argv: list[str]) -> None:
-    """Write one model's score table."""
+    """Write one model's score table, or make it from log-probabilities computed elsewhere."""
     begun = _begin()
     cli = _Cli("score", ScoringModule, argv, precision="16-mixed" if _ON_GPU else "32-true")
     module: ScoringModule = cli.model
     data: TuluDataModule = cli.datamodule
+    _check_import(cli, module)
     cli.attach_tokenizer(module.base)
     if cli.estimate:
         print(_score_estimate(cli, module))
@@ -276,18 +301,23 @@ def score(argv: list[str]) -> None:
         trainer = cli.trainer
         tokenise(data, ledger, arm)
         rows = data.scored_rows()
-        with ledger.measure(arm, "score", network=lambda: module.network) as cost:
-            module.load(trainer.strategy.root_device)
-            assert module.network is not None
-            data.layout = module.network.layout
-            if cli.plain["probe"]:
-                probed = _write_probe(cli, module.network, rows.rows)
-                charge_scoring(cost, _shape(module.base), *[probed] * (1 + PARTNERS))
-            # The base is what others ask for again; a reference belongs to one run.
-            cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
-            if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
-                charge_scoring(cost, _shape(module.base), rows)
-            cost.disk = directory_bytes([table])
+        if "logprobs" in cli.plain:
+            given, trained_on = cli.plain["logprobs"], cli.plain.get("logprobs_trained_on")
+            name = cli.plain.get("logprobs_model")
+            import_logprobs(Path(given), rows, table, name, trained_on and Path(trained_on))
+        else:
+            with ledger.measure(arm, "score", network=lambda: module.network) as cost:
+                module.load(trainer.strategy.root_device)
+                assert module.network is not None
+                data.layout = module.network.layout
+                if cli.plain["probe"]:
+                    probed = _write_probe(cli, module.network, rows.rows)
+                    charge_scoring(cost, _shape(module.base), *[probed] * (1 + PARTNERS))
+                # The base is what others ask for again; a reference belongs to one run.
+                cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
+                if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
+                    charge_scoring(cost, _shape(module.base), rows)
+                cost.disk = directory_bytes([table])
         if trainer.is_global_zero:
             ledger.store()
             done = ScoreTable(table)
@@ -301,6 +331,33 @@ def score(argv: list[str]) -> None:
                     **ledger.summary(),
                     "table": str(table),
                 },
+            )
+
+
+def _check_import(cli: _Cli, module: ScoringModule) -> None:
+    """Refuse what does not go with losses from elsewhere, before anything is read."""
+    given = [option for option in _IMPORT if option in cli.plain]
+    if not given:
+        return
+    if "logprobs" not in given:
+        raise ValueError(f"--{given[0]}: it goes with --logprobs, which is not given")
+    check_file(Path(cli.plain["logprobs"]))
+    trained_on = cli.plain.get("logprobs_trained_on")
+    if trained_on is not None and not Path(trained_on).is_file():
+        raise ValueError(f"--logprobs_trained_on: {trained_on} does not exist")
+    wrong = {
+        "--estimate": cli.estimate,
+        "--probe": cli.plain["probe"],
+        "model.adapters": module.adapters,
+        "model.columns": module.columns,
+        "data.targets": cli.datamodule.targets != "response",
+        "trainer.devices": cli.trainer.world_size > 1,
+    }
+    for option, is_set in wrong.items():
+        if is_set:
+            raise ValueError(
+                f"{option}: it does not go with --logprobs, which runs no model and holds the "
+                "losses of response tokens alone; leave it out"
             )
 
 
@@ -511,7 +568,7 @@ def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> tuple[Planner, list[Co
     data: TuluDataModule = cli.datamodule
     # validation runs in the precision of training
     planner = _planner(cli, module, str(cli.trainer.precision))
-    rows = Rows.of(TokenRows(data.table, data.chosen_rows()))
+    rows = Rows.of(data.trained_rows())
     stack = len(module.adapters)
     cost = planner.train(cli.folder.name, rows, stack=stack, at_once=module.weighs_globally)
     if any(isinstance(callback, ModelCheckpoint) for callback in _callbacks(cli.trainer)):

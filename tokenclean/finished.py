@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from tokenclean.arrow import read_manifest
+from tokenclean.cleaning.results import RESULTS
 from tokenclean.data.cleaned import KIND, is_cleaned_pool
 from tokenclean.data.template import fingerprint_tokenizer
 from tokenclean.models import TRAINED_IDS, BaseConfig
@@ -67,18 +69,22 @@ class FinishedRun:
         self.folder, self._given = Path(folder), tokenizer
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder; give that of a run of `clean` or `select`")
-        self.config = _read_yaml(self.folder / CONFIG)
+        # The cleaned pool and the arm that it belongs to may be named in the run's stead.
+        arm = self.folder.parent if self.folder.name == "cleaned" else self.folder
+        of_run = arm.parent.name == "arms"
+        run = arm.parent.parent if of_run else arm
+        self.config = _read_yaml(run / CONFIG)
         self.arms: dict[str, CleanedArm] = {}
         if (self.folder / "arms").is_dir():
-            named = list((self.config.get("loop") or {}).get("arms") or {})
             found = sorted(p.name for p in (self.folder / "arms").iterdir())
-            for name in [*(n for n in named if n in found), *(n for n in found if n not in named)]:
+            # The stored configuration is sorted; the results are in the order of the run.
+            results = self.folder / RESULTS
+            ran = json.loads(results.read_text("utf-8")) if results.is_file() else []
+            named = [result["name"] for result in ran if result["name"] in found]
+            for name in dict.fromkeys([*named, *found]):
                 self._add(name, self.folder / "arms" / name)
         else:
-            self._add(ONLY, self.folder)
-            if not self.config and self.folder.parent.name == "arms":
-                # an arm of a run, named by itself
-                self.config = _read_yaml(self.folder.parent.parent / CONFIG)
+            self._add(arm.name if of_run else ONLY, self.folder)
         if not self.arms:
             studied = (self.folder / "study.json").is_file()
             raise ValueError(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import conversation, write_jsonl
 
-from tokenclean.data.formats import BadLine, Message, Reader, Sample
+from tokenclean.data.formats import BadLine, Message, Reader, Sample, TokenSample
 
 HI = (Message("user", "Say hi."), Message("assistant", "Hi!"))
 
@@ -105,7 +105,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[Message, ...]]] = {
 
 
 def read(*paths: Path, **options: Any) -> list[Sample | BadLine]:
-    return list(Reader([str(p) for p in paths], **options))
+    found = list(Reader([str(p) for p in paths], **options))
+    return [item for item in found if not isinstance(item, TokenSample)]
 
 
 def samples(*paths: Path, **options: Any) -> list[Sample]:

@@ -23,6 +23,7 @@ from tokenclean.data.batches import (
     share_of_rank,
 )
 from tokenclean.data.cleaned import CleanedPool, check_tokenizer, is_cleaned_pool
+from tokenclean.data.exports import check_tokenizer as check_exports
 from tokenclean.data.formats import Reader
 from tokenclean.data.pool import (
     OnBadLine,
@@ -33,7 +34,7 @@ from tokenclean.data.pool import (
     statistics_table,
 )
 from tokenclean.data.rows import Targets, TokenRows
-from tokenclean.data.template import TemplateName, Tokeniser
+from tokenclean.data.template import TemplateName, Tokeniser, fingerprint_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class TuluDataModule(LightningDataModule):
 
     Args:
         path: file (JSONL, JSON, Parquet), folder, hub name, or a list of them; for ``fit`` also a
-            cleaned pool.
+            cleaned pool. Samples may come as tokens, `export`'s among them; see
+            `tokenclean.data.pretokenised`.
         split: split of a hub data set.
         template: ``tulu`` (the paper's), ``raw`` (no tags) or ``chat`` (the tokenizer's own).
         max_length: tokens kept of each sample; the rest is cut on the right and counted.
@@ -191,7 +193,13 @@ class TuluDataModule(LightningDataModule):
     # -- pools --------------------------------------------------------------------------------
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Give the base model's tokenizer; needed before ``prepare_data``."""
+        """Give the base model's tokenizer; needed before ``prepare_data``.
+
+        Raises:
+            ValueError: if data that come as tokens were exported with another one.
+        """
+        extra = [path for path in (self.validation_path, self.test_path) if path]
+        check_exports([*self.paths, *extra], fingerprint_tokenizer(tokenizer))
         self._tokeniser = Tokeniser(tokenizer, self.template, self.max_length)
         if tokenizer.pad_token_id is not None:
             self.pad_id = tokenizer.pad_token_id
@@ -256,7 +264,10 @@ class TuluDataModule(LightningDataModule):
             ValueError: if ``path`` names a cleaned pool, which has been through that already.
         """
         if not isinstance(self.table, TokenPool):
-            raise ValueError(f"data.path: {self.paths[0]} is a cleaned pool; give the raw data")
+            raise ValueError(
+                f"data.path: {self.paths[0]} is a cleaned pool; give the raw data, or its "
+                "data.parquet to start anew from its tokens"
+            )
         return self.table
 
     def _extra_pool(self, path: str) -> TokenPool:
@@ -297,8 +308,7 @@ class TuluDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         module = None if self.trainer is None else self.trainer.lightning_module
-        rows = TokenRows(self.table, self.chosen_rows())
-        return self.training_loader(rows, getattr(module, "carry", ()))
+        return self.training_loader(self.trained_rows(), getattr(module, "carry", ()))
 
     def val_dataloader(self) -> Any:
         if self.validation is None:
@@ -307,6 +317,10 @@ class TuluDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self.scoring_loader(self.scored_rows())
+
+    def trained_rows(self) -> TokenRows:
+        """What `fit` trains on: labels where the data have their own, else every response token."""
+        return TokenRows(self.table, self.chosen_rows(), labels=True)
 
     def scored_rows(self) -> TokenRows:
         """What ``score`` scores: the targets of the chosen rows of the pool."""

@@ -1,7 +1,7 @@
-"""Reading samples: files, folders and hub names in any of the usual chat shapes.
+"""Reading samples: files, folders and hub names in any of the usual chat shapes, or as tokens.
 
-Every source of rows ends as a stream of `Sample`; every row that cannot be one is a `BadLine`
-with its file, line and reason.
+Every source of rows ends as a stream of `Sample` or `TokenSample`; every row that cannot be one is
+a `BadLine` with its file, line and reason.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenclean.data.exports import (
+    export_of,
+    exported_files,
+    is_token_array,
+    token_array_parts,
+    token_array_rows,
+)
+from tokenclean.data.pretokenised import TARGETS, BadRow, Tokens, are_tokens, read_tokens
+from tokenclean.data.spans import COLUMNS as SPAN_COLUMNS
+from tokenclean.data.spans import SpannedText, read_spans
+
 Role = Literal["system", "user", "assistant"]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
+#: Shapes that are no conversations, and go before those.
+TOKENS, SPANS = "tokens", "text/spans"
 #: Columns that identify a shape, in order of precedence: (shape, required columns).
 SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("messages",)),
@@ -68,8 +81,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TokenSample:
+    """One sample that came as tokens, or as a text with spans.
+
+    Attributes:
+        id, source, order: as in `Sample`.
+        content: its tokens, or the text that they are made from.
+    """
+
+    id: str
+    source: str
+    content: Tokens | SpannedText
+    order: float | None = None
+
+
+@dataclass(frozen=True)
 class BadLine:
-    """A row that is not a conversation.
+    """A row that is not a sample.
 
     Attributes:
         file: path or hub name.
@@ -87,14 +115,6 @@ class BadLine:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-class _Bad(Exception):
-    """Carries the reason from wherever a row is found wanting, and what could not be parsed."""
-
-    def __init__(self, reason: str, content: str | None = None):
-        super().__init__(reason)
-        self.content = content
-
-
 @dataclass
 class Reader:
     """Stream of samples from one or more paths or hub names.
@@ -105,6 +125,7 @@ class Reader:
         order_column: numeric column kept for ordering the splits.
         id_column: column with the sample's id.
         source_column: column with the sample's source; ``dataset`` is understood too.
+        vocabulary: the ids of rows that come as tokens lie below it; None: that is not checked.
     """
 
     paths: list[str]
@@ -112,19 +133,26 @@ class Reader:
     order_column: str | None = None
     id_column: str = "id"
     source_column: str = "source"
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         #: file -> shape found in it, in the order read
         self.shapes: dict[str, str] = {}
+        #: file -> description of the export that it belongs to
+        self._cards: dict[str, dict[str, Any] | None] = {}
 
     def files(self) -> list[Path]:
         """Local files behind the paths, for content fingerprints; empty for hub names."""
         found: list[Path] = []
-        for path in map(Path, self.paths):
-            if path.is_dir():
-                found += sorted(p for p in path.rglob("*") if p.is_file())
-            elif path.is_file():
-                found.append(path)
+        for name in map(Path, self.paths):
+            # Of an export only what is read: its card may say more tomorrow.
+            for path in exported_files(name) or [name]:
+                if path.is_dir():
+                    found += sorted(p for p in path.rglob("*") if p.is_file())
+                elif path.is_file():
+                    found.append(path)
+                    if is_token_array(path):
+                        found += filter(Path.is_file, token_array_parts(path))
         return found
 
     def check(self) -> None:
@@ -135,8 +163,10 @@ class Reader:
         """
         for name in self.paths:
             path = Path(name)
+            if exported_files(path) is not None:
+                continue
             if path.is_file():
-                if path.suffix not in SUFFIXES:
+                if path.suffix not in SUFFIXES and not is_token_array(path):
                     raise ValueError(
                         f"data.path: {name} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
                     )
@@ -149,7 +179,7 @@ class Reader:
             elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
                 raise ValueError(f"data.path: {name} does not exist")
 
-    def __iter__(self) -> Iterator[Sample | BadLine]:
+    def __iter__(self) -> Iterator[Sample | TokenSample | BadLine]:
         stems: dict[str, int] = {}
         for name in self.paths:
             for file, rows in _row_streams(name, self.split):
@@ -160,34 +190,43 @@ class Reader:
                 for line, row in rows:
                     try:
                         yield self._sample(row, file, stem, f"{prefix}-{line}")
-                    except _Bad as bad:
-                        content = row.content if isinstance(row, _Bad) else _as_text(row)
+                    except BadRow as bad:
+                        content = row.content if isinstance(row, BadRow) else _as_text(row)
                         yield BadLine(file, line, str(bad), content or "")
 
-    def _sample(self, row: Any, file: str, stem: str, made_id: str) -> Sample:
-        if isinstance(row, _Bad):
+    def _sample(self, row: Any, file: str, stem: str, made_id: str) -> Sample | TokenSample:
+        if isinstance(row, BadRow):
             raise row
         if not isinstance(row, Mapping):
-            raise _Bad(f"expected an object, found {type(row).__name__}")
+            raise BadRow(f"expected an object, found {type(row).__name__}")
         shape = self.shapes.get(file) or _detect(row)
-        messages = _messages(row, shape)
+        content: Tokens | SpannedText | None = None
+        messages: tuple[Message, ...] = ()
+        if shape == TOKENS:
+            content = read_tokens(row, self.vocabulary)
+        elif shape == SPANS:
+            if file not in self._cards:
+                found = export_of(Path(file))
+                self._cards[file] = found[1] if found else None
+            content = read_spans(row, self._cards[file])
+        else:
+            messages = _messages(row, shape)
         self.shapes[file] = shape
         given = row.get(self.id_column)
         source = row.get(self.source_column) or row.get("dataset")
-        return Sample(
-            id=_encodable(str(given), "the id") if given is not None else made_id,
-            source=_encodable(str(source), "the source") if source else stem,
-            messages=messages,
-            truth=_truth(row.get("truth"), messages),
-            order=self._order(row),
-        )
+        name = _encodable(str(given), "the id") if given is not None else made_id
+        source = _encodable(str(source), "the source") if source else stem
+        if content is not None:
+            return TokenSample(name, source, content, self._order(row))
+        truth = _truth(row.get("truth"), messages)
+        return Sample(name, source, messages, truth, self._order(row))
 
     def _order(self, row: Mapping[str, Any]) -> float | None:
         if self.order_column is None:
             return None
         value = row.get(self.order_column)
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise _Bad(f"ordering column `{self.order_column}` is {value!r}, not a number")
+            raise BadRow(f"ordering column `{self.order_column}` is {value!r}, not a number")
         return float(value)
 
 
@@ -202,15 +241,24 @@ def _data_files(path: Path) -> list[Path]:
 def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[int, Any]]]]:
     path = Path(name)
     if path.is_file():
-        yield str(path), _file_rows(path)
+        yield str(path), file_rows(path)
     elif path.is_dir() and not is_datasets_folder(path):
-        for file in _data_files(path):
-            yield str(file), _file_rows(file)
+        for file in exported_files(path) or _data_files(path):
+            yield str(file), file_rows(file)
     else:
         yield name, _datasets_rows(name, split)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def file_rows(path: Path, option: str = "data.path") -> Iterator[tuple[int, Any]]:
+    """Rows of a file with their lines, counted from 1; what cannot be parsed is a `BadRow`.
+
+    Args:
+        path: with one of `SUFFIXES`, or an exported array of tokens.
+        option: that names the file, for errors.
+
+    Raises:
+        ValueError: if a Parquet file cannot be read.
+    """
     if path.suffix == ".parquet":
         line = 0
         try:
@@ -219,9 +267,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     line += 1
                     yield line, row
         except pa.ArrowException as error:
-            raise ValueError(
-                f"data.path: {path} is not a readable Parquet file: {error}"
-            ) from error
+            raise ValueError(f"{option}: {path} is not a readable Parquet file: {error}") from error
+    elif is_token_array(path):
+        yield from token_array_rows(path)
     elif path.suffix == ".json" and (rows := _json_array(path)) is not None:
         yield from enumerate(rows, start=1)
     else:
@@ -242,11 +290,11 @@ def _json_array(path: Path) -> list[Any] | None:
         try:
             rows = json.loads(file.read().decode("utf-8-sig"))
         except json.JSONDecodeError as error:
-            return [_Bad(f"not JSON from line {error.lineno} on: {error.msg}")]
+            return [BadRow(f"not JSON from line {error.lineno} on: {error.msg}")]
         except UnicodeDecodeError as error:
-            return [_Bad(f"not UTF-8 at byte {error.start}")]
+            return [BadRow(f"not UTF-8 at byte {error.start}")]
         except (ValueError, RecursionError) as error:
-            return [_Bad(f"not JSON: {error}")]
+            return [BadRow(f"not JSON: {error}")]
     return list(rows)
 
 
@@ -257,15 +305,15 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if line == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
-                yield line, _Bad("empty line")
+                yield line, BadRow("empty line")
                 continue
             text = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
             try:
                 row = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
-                row = _Bad(f"not UTF-8 at byte {error.start}", text)
+                row = BadRow(f"not UTF-8 at byte {error.start}", text)
             except (ValueError, RecursionError) as error:  # e.g. a number too long
-                row = _Bad(f"not JSON: {error}", text)
+                row = BadRow(f"not JSON: {error}", text)
             yield line, row
 
 
@@ -295,21 +343,26 @@ def _datasets_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _detect(row: Mapping[str, Any]) -> str:
+    if are_tokens(row):
+        return TOKENS
+    if all(column in row for column in SPAN_COLUMNS):
+        return SPANS
     for shape, columns in SHAPES:
         if all(column in row for column in columns):
             return shape
     known = "; ".join("+".join(columns) for _, columns in SHAPES)
-    raise _Bad(f"columns {sorted(row)} match no known shape ({known})")
+    known += f"; input_ids+{'|'.join(TARGETS)}; {'+'.join(SPAN_COLUMNS)}"
+    raise BadRow(f"columns {sorted(row)} match no known shape ({known})")
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
-        raise _Bad(f"no `{column}`")
+        raise BadRow(f"no `{column}`")
     value = row[column]
     if value is None:
-        raise _Bad(f"`{column}` is null")
+        raise BadRow(f"`{column}` is null")
     if not isinstance(value, str):
-        raise _Bad(f"`{column}` is {type(value).__name__}, not text")
+        raise BadRow(f"`{column}` is {type(value).__name__}, not text")
     return _encodable(value, f"`{column}`")
 
 
@@ -318,7 +371,7 @@ def _encodable(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Bad(f"{where} is not valid Unicode at character {error.start}") from None
+        raise BadRow(f"{where} is not valid Unicode at character {error.start}") from None
     return text
 
 
@@ -342,26 +395,26 @@ def _messages(row: Mapping[str, Any], shape: str) -> tuple[Message, ...]:
 def _turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
     turns = row.get(column)
     if turns is None:
-        raise _Bad(f"`{column}` is null" if column in row else f"no `{column}`")
+        raise BadRow(f"`{column}` is null" if column in row else f"no `{column}`")
     if not isinstance(turns, list):
-        raise _Bad(f"`{column}` is {type(turns).__name__}, not a list of turns")
+        raise BadRow(f"`{column}` is {type(turns).__name__}, not a list of turns")
     if not turns:
-        raise _Bad(f"`{column}` is empty")
+        raise BadRow(f"`{column}` is empty")
     keys = ("role", "content") if column == "messages" else ("from", "value")
     messages = []
     for number, turn in enumerate(turns):
         where = f"{column}[{number}]"
         if not isinstance(turn, Mapping):
-            raise _Bad(f"{where} is {type(turn).__name__}, not an object")
+            raise BadRow(f"{where} is {type(turn).__name__}, not an object")
         # Some ShareGPT exports keep `role` and `content` inside `conversations`.
         role_key, text_key = ("role", "content") if "role" in turn else keys
         role, content = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str) or (mapped := _role(role, column)) is None:
-            raise _Bad(f"{where}: unknown role {role!r}")
+            raise BadRow(f"{where}: unknown role {role!r}")
         if content is None:
-            raise _Bad(f"{where}: content is null or missing")
+            raise BadRow(f"{where}: content is null or missing")
         if not isinstance(content, str):
-            raise _Bad(f"{where}: content is {type(content).__name__}, not text")
+            raise BadRow(f"{where}: content is {type(content).__name__}, not text")
         messages.append(Message(mapped, _encodable(content, where)))
     return tuple(messages)
 
@@ -378,15 +431,15 @@ def _truth(
     if spans is None:
         return None
     if not isinstance(spans, list):
-        raise _Bad(f"`truth` is {type(spans).__name__}, not a list of spans")
+        raise BadRow(f"`truth` is {type(spans).__name__}, not a list of spans")
     for span in spans:
         if not (isinstance(span, list) and len(span) == 4 and all(type(x) is int for x in span)):
-            raise _Bad(f"`truth` span {span!r} is not [message, start, end, label]")
+            raise BadRow(f"`truth` span {span!r} is not [message, start, end, label]")
         message, start, end, label = span
         if (
             not 0 <= message < len(messages)
             or not 0 <= start <= end <= len(messages[message].content)
             or label not in (0, -1)
         ):
-            raise _Bad(f"`truth` span {span} lies outside its message or has an unknown label")
+            raise BadRow(f"`truth` span {span} lies outside its message or has an unknown label")
     return tuple((m, s, e, label) for m, s, e, label in spans)

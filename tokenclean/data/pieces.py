@@ -19,6 +19,31 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(text)
 
 
+class TokenTexts:
+    """`token_texts` of many samples, mostly without a decoding for each token.
+
+    Each token's own text is remembered. Where those of a sample join up to its decoded text, they
+    are it: no character is cut, and no text depends on the token before.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        ids = [int(i) for i in ids]
+        for token in set(ids) - self._alone.keys():
+            self._alone[token] = decode(self.tokenizer, [token])
+        texts = [self._alone[token] for token in ids]
+        whole = "".join(texts)
+        if _BROKEN not in whole and whole == decode(self.tokenizer, ids):
+            return texts
+        return token_texts(self.tokenizer, ids)
+
+
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the decoded text; joined, they are `decode` of all of them.
 

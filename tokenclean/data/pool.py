@@ -1,7 +1,8 @@
 """The tokenised pool: written once as Arrow, memory-mapped ever after.
 
 One row per sample: ``id``, ``source``, ``input_ids`` list<int32>, ``response_mask`` list<bool>,
-optionally ``truth`` list<int8> (planted pools) and ``order`` double (an ordering column).
+optionally ``truth`` list<int8> (planted pools), ``order`` double (an ordering column), and, where
+the data came as tokens, ``labels`` list<int32> and ``weight`` list<float32>: what `fit` trains on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from tokenclean.arrow import (
     write_json,
     write_shard,
 )
-from tokenclean.data.formats import BadLine, Reader, Sample, is_datasets_folder
+from tokenclean.data.exports import reading_of
+from tokenclean.data.formats import BadLine, Reader, Sample, TokenSample, is_datasets_folder
+from tokenclean.data.pretokenised import Tokens
+from tokenclean.data.spans import encode_spans
 from tokenclean.data.template import (
     TokenisedSample,
     Tokeniser,
@@ -123,6 +127,11 @@ class TokenPool(ArrowTable):
     def has_truth(self) -> bool:
         return self.truth is not None
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the data came as tokens, which say themselves what is to be learnt."""
+        return "labels" in self.columns
+
     def response_positions(self, row: int) -> np.ndarray:
         """Positions of the row's response tokens, int64."""
         return np.flatnonzero(self.response_mask[row])
@@ -165,6 +174,7 @@ def data_fingerprint(reader: Reader) -> str:
         # The file's name is part of made ids and of sources.
         digest.update(file.stem.encode())
     for name in reader.paths:
+        digest.update(reading_of(Path(name)).encode())
         if not Path(name).exists():
             import datasets
 
@@ -204,6 +214,7 @@ def build_pool(
         ValueError: for duplicate ids, or if no response token is left.
     """
     base = f"{data_fingerprint(reader)}-{tokeniser.fingerprint()}"
+    reader.vocabulary = _vocabulary(tokeniser.tokenizer)
     with complete_folder(folder) as partial:
         stream = _Stream(reader, tokeniser, partial, on_bad_line)
         splits = {"train": _Split(partial / "train"), "validation": _Split(partial / "validation")}
@@ -227,6 +238,12 @@ def build_pool(
                 )
 
 
+def _vocabulary(tokenizer: Any) -> int:
+    """Ids of texts lie below it; a pad token of its own may lie beyond every embedding."""
+    pad = {tokenizer.pad_token} - {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    return 1 + max((i for t, i in tokenizer.get_vocab().items() if t not in pad), default=-1)
+
+
 class _Stream:
     """Samples with their tokens; bad lines are collected on the way."""
 
@@ -237,25 +254,38 @@ class _Stream:
         self._bad: list[BadLine] = []
         self._hashes = array("Q")  # 8 bytes a row
 
-    def __iter__(self) -> Iterator[tuple[Sample, TokenisedSample]]:
-        waiting: list[Sample] = []
+    def __iter__(self) -> Iterator[tuple[Sample | TokenSample, TokenisedSample]]:
+        waiting: list[Sample | TokenSample] = []
         with Progress(transient=True) as progress:
             task = progress.add_task("tokenising", total=None)
             for item in self.reader:
                 if isinstance(item, BadLine):
                     self._note(item)
                     continue
-                self._hashes.append(_hash(item.id))
+                self._hashes.append(hash_id(item.id))
                 if self._bad and self.on_bad_line == "stop":
                     continue  # the run ends anyway: only look for more bad lines
                 waiting.append(item)
                 if len(waiting) == _TOKENISE_ROWS:
-                    yield from zip(waiting, self.tokeniser(waiting), strict=True)
+                    yield from self._tokenised(waiting)
                     progress.advance(task, len(waiting))
                     waiting = []
             if not (self._bad and self.on_bad_line == "stop"):
-                yield from zip(waiting, self.tokeniser(waiting), strict=True)
+                yield from self._tokenised(waiting)
         self._finish()
+
+    def _tokenised(
+        self, samples: list[Sample | TokenSample]
+    ) -> Iterator[tuple[Sample | TokenSample, TokenisedSample]]:
+        made = iter(self.tokeniser([s for s in samples if isinstance(s, Sample)]))
+        for sample in samples:
+            if isinstance(sample, Sample):
+                yield sample, next(made)
+                continue
+            tokens = sample.content
+            if not isinstance(tokens, Tokens):
+                tokens = encode_spans(tokens, self.tokeniser.tokenizer)
+            yield sample, _cut(tokens, self.tokeniser.max_length)
 
     def _note(self, bad: BadLine) -> None:
         self.rejected[bad.file] = self.rejected.get(bad.file, 0) + 1
@@ -280,13 +310,31 @@ class _Stream:
         doubled = set(hashes[:-1][hashes[:-1] == hashes[1:]].tolist())
         if doubled:
             names = sorted(
-                {s.id for s in self.reader if isinstance(s, Sample) and _hash(s.id) in doubled}
+                {
+                    s.id
+                    for s in self.reader
+                    if not isinstance(s, BadLine) and hash_id(s.id) in doubled
+                }
             )
             raise BadData(
                 f"{len(names)} id(s) occur more than once, e.g. {', '.join(names[:5])}; "
                 "ids must be unique. Name another column with --data.id_column, or one that the "
                 "data lack to have ids made from file and line"
             )
+
+
+def _cut(tokens: Tokens, max_length: int) -> TokenisedSample:
+    """Tokens cut at ``max_length``, with what was cut."""
+    cut = slice(0, max_length)
+    return TokenisedSample(
+        input_ids=tokens.input_ids[cut],
+        response_mask=tokens.response_mask[cut],
+        truth=None if tokens.truth is None else tokens.truth[cut],
+        full_length=len(tokens.input_ids),
+        response_tokens=int(tokens.response_mask.sum()),
+        labels=tokens.labels[cut],
+        weight=tokens.weight[cut],
+    )
 
 
 class _Split:
@@ -296,11 +344,11 @@ class _Split:
         self.folder = folder
         self.statistics: dict[str, SourceStatistics] = {}
         self.rows = 0
-        self._buffer: list[tuple[Sample, TokenisedSample]] = []
+        self._buffer: list[tuple[Sample | TokenSample, TokenisedSample]] = []
         self._shards = 0
         self._schema: pa.Schema | None = None
 
-    def add(self, sample: Sample, tokens: TokenisedSample) -> None:
+    def add(self, sample: Sample | TokenSample, tokens: TokenisedSample) -> None:
         statistics = self.statistics.setdefault(sample.source, SourceStatistics())
         if not tokens.response_mask.any():
             statistics.without_response += 1
@@ -317,23 +365,29 @@ class _Split:
     def _flush(self) -> None:
         if self._schema is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            first = self._buffer[0][0]
+            first, tokens = self._buffer[0]
             columns = [
                 ("id", pa.string()),
                 ("source", pa.string()),
                 ("input_ids", pa.list_(pa.int32())),
                 ("response_mask", pa.list_(pa.bool_())),
             ]
-            if first.truth is not None:
+            if tokens.labels is not None:
+                columns += [("labels", pa.list_(pa.int32())), ("weight", pa.list_(pa.float32()))]
+            if tokens.truth is not None:
                 columns.append(("truth", pa.list_(pa.int8())))
             if first.order is not None:
                 columns.append(("order", pa.float64()))
             self._schema = pa.schema(columns)
-        has_truth = "truth" in self._schema.names
-        for sample, _ in self._buffer:
-            if (sample.truth is not None) != has_truth:
+        has_truth, has_labels = ("truth" in self._schema.names, "labels" in self._schema.names)
+        for sample, tokens in self._buffer:
+            if (tokens.truth is not None) != has_truth:
                 raise BadData(
                     f"sample {sample.id!r}: either every sample of a pool carries `truth` or none"
+                )
+            if (tokens.labels is not None) != has_labels:
+                raise BadData(
+                    f"sample {sample.id!r}: either every sample of a pool comes as tokens or none"
                 )
         columns_data: dict[str, Any] = {
             "id": [s.id for s, _ in self._buffer],
@@ -341,6 +395,11 @@ class _Split:
             "input_ids": list_array([t.input_ids for _, t in self._buffer], pa.int32()),
             "response_mask": list_array([t.response_mask for _, t in self._buffer], pa.bool_()),
         }
+        if has_labels:
+            labels = [t.labels for _, t in self._buffer if t.labels is not None]
+            weights = [t.weight for _, t in self._buffer if t.weight is not None]
+            columns_data["labels"] = list_array(labels, pa.int32())
+            columns_data["weight"] = list_array(weights, pa.float32())
         if has_truth:
             truths = [t.truth for _, t in self._buffer if t.truth is not None]
             columns_data["truth"] = list_array(truths, pa.int8())
@@ -409,12 +468,13 @@ def statistics_table(pool: TokenPool) -> str:
     return "\n".join(lines)
 
 
-def _hash(text: str) -> int:
+def hash_id(text: str) -> int:
+    """Of 64 bits; the ids of a pool differ in it."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _unit_hash(text: str) -> float:
-    return _hash(text) / 2.0**64
+    return hash_id(text) / 2.0**64
 
 
 def _json_line(value: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ class TokenRows(Dataset[Sample]):
             tokens whose label is not -100, with their weight).
         rows: which rows, in which order; all by default.
         targets: which tokens of a token pool are targets; see `Targets`.
+        labels: take the labels of a token pool that has its own, with their weight, instead.
 
     Attributes:
         of: ``targets``.
@@ -40,7 +41,11 @@ class TokenRows(Dataset[Sample]):
     """
 
     def __init__(
-        self, table: ArrowTable, rows: np.ndarray | None = None, targets: Targets = "response"
+        self,
+        table: ArrowTable,
+        rows: np.ndarray | None = None,
+        targets: Targets = "response",
+        labels: bool = False,
     ):
         self.table, self.of = table, targets
         self.rows = np.arange(len(table)) if rows is None else np.asarray(rows, dtype=np.int64)
@@ -48,7 +53,7 @@ class TokenRows(Dataset[Sample]):
         self._labels: ListColumn | None = None
         self._weights: ListColumn | None = None
         self._mask = table.lists("response_mask")
-        if not isinstance(table, TokenPool):
+        if not isinstance(table, TokenPool) or (labels and table.has_labels):
             self._labels, self._weights = table.lists("labels"), table.lists("weight")
         lengths, responses = extents(self._mask)
         counts = responses
@@ -104,13 +109,14 @@ class TokenRows(Dataset[Sample]):
         """Refuse a column that is null at a target."""
         option = "--" + name.removesuffix("_nll")
         remedy = f"train on a cleaned pool that `select` made with {option}, or `clean` for its arm"
-        if self._labels is None:
+        if name not in self.table.columns:
             raise ValueError(
                 f"model.weighting: it needs {name} of every trained token, and {self.table.folder} "
                 f"is no cleaned pool; {remedy}"
             )
         wanted = np.zeros(len(self.table), dtype=bool)
         wanted[self.rows] = True
+        assert self._labels is not None
         pairs = zip(self._labels.blocks(), self.table.lists(name).blocks(), strict=True)
         for (first, sizes, labels), (_, _, values) in pairs:
             missing = np.isnan(values) & (labels != NO_LOSS)

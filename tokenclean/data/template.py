@@ -52,7 +52,9 @@ class TokenisedSample:
         truth: int8, shape (T,), or None; 1 informative, 0 uninformative, -1 corrupted; 0 on tokens
             that are no response tokens.
         full_length: tokens before truncation.
-        prompt_tokens, response_tokens: before truncation.
+        response_tokens: before truncation.
+        labels, weight: int32 and float32, shape (T,), of a sample that says itself what is to be
+            learnt; else None.
     """
 
     input_ids: np.ndarray
@@ -60,6 +62,8 @@ class TokenisedSample:
     truth: np.ndarray | None
     full_length: int
     response_tokens: int
+    labels: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
 
 def render_tulu(messages: Sequence[Message], eos: str) -> Rendered:

@@ -123,6 +123,19 @@ def write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) ->
     if isinstance(written.get("target_modules"), list):
         written["target_modules"].sort()
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(config), encoding="utf-8")
+
+
+def _card(config: LoraConfig) -> str:
+    """What the adapter is, without a time or a place, in place of peft's template."""
+    base = Path(config.base_model_name_or_path or "its base").name
+    return (
+        "---\nlicense:\nlibrary_name: peft\ntags:\n- tokenclean\n---\n\n"
+        f"# Adapter of {base}\n\nLoRA, r = {config.r}, alpha = {config.lora_alpha}, written by "
+        "tokenclean. `adapter_config.json` names the base; `PeftModel.from_pretrained(model, "
+        "folder)` loads it. `tokenclean export RUN --to adapter` writes it with a card that says "
+        "what it was trained on.\n"
+    )
 
 
 def share(weights: Path) -> None:

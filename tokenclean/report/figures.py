@@ -106,12 +106,22 @@ class Cloud:
     cut: float | None = None
 
 
-def draw_clouds(path: Path, clouds: list[Cloud], x_label: str, y_label: str) -> None:
-    """Scatter plots side by side with one scale for all axes, so that panels can be compared."""
+def draw_clouds(
+    path: Path, clouds: list[Cloud], x_label: str, y_label: str, top: float | None = None
+) -> None:
+    """Scatter plots side by side with one scale for all axes, so that panels can be compared.
+
+    Args:
+        path: of the PNG.
+        clouds: a panel each.
+        x_label, y_label: names and units.
+        top: upper end of the axes; by default that of the largest value.
+    """
     labels = list(dict.fromkeys(label for cloud in clouds for label in cloud.points))
-    top = max(
-        (max(v) for c in clouds for xy in c.points.values() for v in xy if len(v)), default=1.0
-    )
+    if top is None:
+        top = max(
+            (max(v) for c in clouds for xy in c.points.values() for v in xy if len(v)), default=1.0
+        )
     limits = (-0.02 * top, 1.02 * top)
     columns = min(len(clouds), 4)
     rows = -(-len(clouds) // columns)
@@ -155,7 +165,7 @@ def _cloud(axes: Axes, cloud: Cloud, labels: list[str], limits: tuple[float, flo
 
 
 def draw_matrix(
-    path: Path, labels: list[str], values: list[list[float | None]], title: str
+    path: Path, labels: list[str], values: list[list[float | None]], title: str, font: float = 6
 ) -> None:
     """A square of numbers between -1 and 1 as a heat map, with the numbers in it.
 
@@ -164,9 +174,11 @@ def draw_matrix(
         labels: of rows and columns.
         values: row by row; None leaves a square white.
         title: what the numbers are.
+        font: size of the numbers in points.
     """
     size = 1.8 + 0.42 * len(labels)
-    figure = Figure(figsize=(size + 0.8, size), dpi=150)
+    # of few rows, the labels take most of the width
+    figure = Figure(figsize=(size + (0.8 if len(labels) > 8 else 1.8), size), dpi=150)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     numbers = np.array(values, dtype=np.float64)
@@ -176,7 +188,7 @@ def draw_matrix(
         if not np.isnan(value):
             colour = "white" if abs(value) > 0.6 else "black"
             text = f"{value:z.2f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+            axes.text(column, row, text, ha="center", va="center", fontsize=font, color=colour)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     figure.colorbar(image, ax=axes, label=title, shrink=0.7)

@@ -10,6 +10,7 @@ were asked for; the manifest's ``columns`` lists them. A control table, whose ma
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,53 +239,73 @@ class ScoreWriter(BasePredictionWriter):
         trainer.strategy.barrier("score table written")
 
     def _finish(self, measured: dict[str, Any]) -> None:
-        rows, table = self.rows, self.rows.table
-        assert isinstance(table, TokenPool)
-        fields = [pa.field(name, pa.list_(pa.float32())) for name in self.columns[1:]]
-        schema = pa.schema([*_SCHEMA, *fields])
-        content, histogram = hashlib.sha256(rows.rows.tobytes()), Histogram()
-        with complete_folder(self.folder) as partial:
-            for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-                chosen = rows.rows[first : first + ROWS_PER_SHARD]
-                part = slice(self._starts[first], self._starts[first + len(chosen)])
-                values = {name: self._values[name][part] for name in self.columns}
-                counts = rows.counts[first : first + len(chosen)]
-                positions, tokens = rows.targets_of(first, first + len(chosen))
-                batch = pa.record_batch(
-                    {
-                        "id": table.ids.take(chosen),
-                        "row": chosen,
-                        "positions": lists_of(counts, positions.astype(np.int32)),
-                        "token_ids": lists_of(counts, tokens),
-                        **{name: lists_of(counts, v) for name, v in values.items()},
-                    },
-                    schema=schema,
-                )
-                write_shard(partial, number, batch)
-                content.update(values["nll"].tobytes())
-                if self.against is not None:
-                    base = self.against.of_rows(chosen)[1]
-                    histogram.add(ordered_keys(scores(base, values["nll"])))
-            for name in self.columns[1:]:
-                content.update(self._values[name].data)  # whole, so that shards make no difference
-            if self.against is not None:
-                np.savez_compressed(
-                    partial / HISTOGRAM,
-                    counts=histogram.counts,
-                    against=self.against.manifest.get("content", ""),
-                )
-            write_json(
-                partial / MANIFEST,
-                {
-                    "kind": KIND,
-                    **self.manifest,
-                    **measured,
-                    "rows": len(rows),
-                    "tokens": int(self._starts[-1]),
-                    "content": content.hexdigest()[:16],
-                },
-            )
+        manifest = {**self.manifest, **measured}
+        write_scores(self.folder, self.rows, self._values, manifest, self.against)
         del self._values, self._seen
         for name in (*self.columns, "seen"):
             (self._spool / name).unlink()
         self._spool.rmdir()
+
+
+def write_scores(
+    folder: Path,
+    rows: TokenRows,
+    columns: Mapping[str, np.ndarray],
+    manifest: dict[str, Any],
+    against: ScoreTable | None = None,
+) -> None:
+    """Write a score table.
+
+    Args:
+        folder: where it goes.
+        rows: of a token pool, ascending.
+        columns: ``nll`` first, then what ``manifest["columns"]`` lists: the values of all targets
+            of the rows, end to end, float32, shape (n,) each.
+        manifest: what to say about model and pool; see `score_manifest`.
+        against: see `ScoreWriter`.
+    """
+    table = rows.table
+    assert isinstance(table, TokenPool)
+    starts = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int64)
+    others = [name for name in columns if name != "nll"]
+    schema = pa.schema([*_SCHEMA, *(pa.field(name, pa.list_(pa.float32())) for name in others)])
+    content, histogram = hashlib.sha256(rows.rows.tobytes()), Histogram()
+    with complete_folder(folder) as partial:
+        for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+            chosen = rows.rows[first : first + ROWS_PER_SHARD]
+            part = slice(starts[first], starts[first + len(chosen)])
+            counts = rows.counts[first : first + len(chosen)]
+            positions, tokens = rows.targets_of(first, first + len(chosen))
+            batch = pa.record_batch(
+                {
+                    "id": table.ids.take(chosen),
+                    "row": chosen,
+                    "positions": lists_of(counts, positions.astype(np.int32)),
+                    "token_ids": lists_of(counts, tokens),
+                    **{name: lists_of(counts, column[part]) for name, column in columns.items()},
+                },
+                schema=schema,
+            )
+            write_shard(partial, number, batch)
+            content.update(columns["nll"][part].tobytes())
+            if against is not None:
+                base = against.of_rows(chosen)[1]
+                histogram.add(ordered_keys(scores(base, columns["nll"][part])))
+        for name in others:
+            content.update(columns[name].data)  # whole, so that shards make no difference
+        if against is not None:
+            np.savez_compressed(
+                partial / HISTOGRAM,
+                counts=histogram.counts,
+                against=against.manifest.get("content", ""),
+            )
+        write_json(
+            partial / MANIFEST,
+            {
+                "kind": KIND,
+                **manifest,
+                "rows": len(rows),
+                "tokens": int(starts[-1]),
+                "content": content.hexdigest()[:16],
+            },
+        )

@@ -11,12 +11,13 @@ import numpy as np
 
 from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
+from tokenclean.data.kinds import KIND_ROWS, pool_kinds
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL
+from tokenclean.report.rounds import agreement
 from tokenclean.selection.xtf import NOVELTY, REASONING, REASONS, RELEVANCE
 from tokenclean.study.cells import Cell, arms_of
 from tokenclean.study.examples import tokenizer_of
-from tokenclean.study.kinds import KIND_ROWS, pool_kinds
 from tokenclean.study.rounds import cleaned_pool
 
 #: XTF's attributes and the bit of each in a reason code, which is 4 plus the bits.
@@ -102,12 +103,7 @@ def kappa(one: np.ndarray, other: np.ndarray) -> float:
         1 for equal masks, 0 for the agreement that chance gives two masks of these shares; NaN
         where chance alone makes them agree everywhere.
     """
-    if len(one) == 0:
-        return math.nan
-    agreed = float((one == other).mean())
-    a, b = float(one.mean()), float(other.mean())
-    chance = a * b + (1 - a) * (1 - b)
-    return math.nan if chance == 1.0 else (agreed - chance) / (1 - chance)
+    return agreement(one, other).kappa if len(one) else math.nan
 
 
 @dataclass

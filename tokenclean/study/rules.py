@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.costs import COSTS, SHARED, Cost
+from tokenclean.data.kinds import KIND_ROWS
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, MaskQuality
 from tokenclean.report.figures import draw_matrix
@@ -36,7 +37,6 @@ from tokenclean.study.cells import (
     spread,
 )
 from tokenclean.study.compare import difference, questions_note
-from tokenclean.study.kinds import KIND_ROWS
 from tokenclean.study.masks import ATTRIBUTES, Masks, measure
 from tokenclean.training.weights import Weighting, make_weighting
 

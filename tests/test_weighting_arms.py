@@ -156,7 +156,7 @@ def test_the_estimate_counts_a_whole_step_in_memory(model_folder: Path, tmp_path
 def test_the_weighting_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     start = readme.index("    @dataclass(frozen=True)\n    class Sure")
-    block = readme[start : readme.index("## The cleaned pool", start)]
+    block = readme[start : readme.index("\n## ", start)]
     code = "\n".join(line[4:] for line in block.splitlines() if line[:1] in ("", " "))
     imports = (
         "from dataclasses import dataclass\nfrom torch import Tensor\n"

@@ -349,10 +349,12 @@ class TestEstimate:
             ["shared", "score", "-", "40"],  # warm-up
             ["fixed", "select", "-", "40"],
             ["fixed", "train", "-", "40"],
-            # each round, its panel (all 13 of the last part) between selecting and training
-            *(["own", stage, "1", "13"] for stage in ("score", "select") * 2),
+            # each round, and between selecting and training its panel, all 13 of the last part
+            *(["own", stage, "1", "13"] for stage in ("score", "select")),
+            *(["shared", stage, "1", "13"] for stage in ("score", "select")),
             ["own", "train", "1", "13"],
-            *(["own", stage, "2", "13"] for stage in ("score", "select") * 2),
+            *(["own", stage, "2", "13"] for stage in ("score", "select")),
+            *(["shared", stage, "2", "13"] for stage in ("score", "select")),
             ["own", "train", "2", "13"],
             ["own", "select", "-", "-"],  # rounds joined
             ["own", "train", "-", "-"],

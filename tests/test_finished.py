@@ -87,6 +87,7 @@ def test_arms_come_in_the_runs_order(tmp_path: Path) -> None:
     for number in (2, 1, 10):
         write(run / "arms" / "zeta" / f"round_{number}" / "cleaned")
     (run / "arms" / "zeta" / "round_11").mkdir()  # not cleaned yet
+    write(run / "arms" / "zeta" / "round_old" / "cleaned")  # somebody's copy
     found = FinishedRun(run)
     assert list(found.arms) == ["zeta", "alpha", "left_from_before"]
     assert list(found.arms["zeta"].rounds) == [1, 2, 10]
@@ -95,9 +96,9 @@ def test_arms_come_in_the_runs_order(tmp_path: Path) -> None:
     (run / "arms" / "zeta" / "adapter" / "trained_ids.json").write_text(json.dumps(["s0"]))
     assert found.arms["zeta"].adapter == run / "arms" / "zeta" / "adapter"
     assert found.arm("alpha").name == "alpha"
-    with pytest.raises(ValueError, match="has several; choose from zeta, alpha"):
+    with pytest.raises(ValueError, match="has several; choose from 'zeta', 'alpha'"):
         found.arm(None)
-    with pytest.raises(ValueError, match="no arm 'beta'; choose from zeta"):
+    with pytest.raises(ValueError, match="no arm 'beta'; choose from 'zeta'"):
         found.arm("beta")
 
 
@@ -136,3 +137,72 @@ def test_the_tokenizer_is_the_one_that_made_the_pool(tmp_path: Path) -> None:
     other = write(tmp_path / "other", "another")
     with pytest.raises(ValueError, match=r"another tokenizer .* than the one that made the pools"):
         _ = FinishedRun(other, str(tmp_path / "model")).tokenizer
+
+
+def test_an_arm_may_be_named_from_within_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    write_config(run, {"model": {"base": {"name": "some/model"}}, "loop": {"arms": {"a": {}}}})
+    write(run / "arms" / "a" / "cleaned")
+    for where, named in [
+        ("arms", "a"),
+        ("arms/a", "."),
+        ("arms/a", "cleaned"),
+        ("arms/a", "../.."),
+    ]:
+        monkeypatch.chdir(run / where)
+        found = FinishedRun(Path(named))
+        assert list(found.arms) == ["a"] and found.root == run
+        assert found.base is not None and found.base.name == "some/model"
+
+
+def test_what_a_run_stores_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are meant from where the run was made, a folder above it."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "models" / "tiny")
+    run = tmp_path / "outputs" / "run"
+    write_config(run, {"model": {"base": {"name": "models/tiny"}}})
+    write(run / "cleaned", fingerprint_tokenizer(tokenizer))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(FinishedRun(run).tokenizer) == len(tokenizer)
+
+
+def test_arms_that_are_missing_are_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arms = {"a": {"schedule": "fixed_model"}, "b": {"schedule": "fixed_model"}}
+    write_config(run, {"loop": {"arms": {**arms, "w": {"schedule": "warmup"}}}})
+    write(run / "arms" / "a" / "cleaned")
+    assert FinishedRun(run).unfinished == ["b"]
+    assert FinishedRun(run / "arms" / "a").unfinished == []
+
+
+def test_a_runs_own_word_makes_no_code_run(tmp_path: Path) -> None:
+    """A tokenizer that comes with code, and a configuration that says to trust it."""
+    model, mark = tmp_path / "model", tmp_path / "ran"
+    byte_level_tokenizer().save_pretrained(model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [None, "odd.Odd"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "odd.py").write_text(
+        f"open({str(mark)!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Odd(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    write_config(
+        tmp_path / "run",
+        {"model": {"base": {"name": str(model), "trust_remote_code": True}}},
+    )
+    write(tmp_path / "run" / "cleaned", fingerprint_tokenizer(byte_level_tokenizer()))
+    run = FinishedRun(tmp_path / "run")
+    assert run.base is not None and not run.base.trust_remote_code
+    try:
+        _ = run.tokenizer
+    except ValueError as error:
+        assert "--trust_remote_code" in str(error)
+    assert not mark.exists()
+    trusted = FinishedRun(tmp_path / "run", trust_remote_code=True)
+    assert trusted.base is not None and trusted.base.trust_remote_code

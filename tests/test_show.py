@@ -277,7 +277,7 @@ def test_first_source_and_random(
 def test_what_is_not_there_is_refused(given: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no sample 'thre'; nearest: 'three', "):
         show([*given, "--id", "one", "--id", "thre"])
-    with pytest.raises(ValueError, match="'else' does not occur; there are made, other"):
+    with pytest.raises(ValueError, match="'else' does not occur; there are 'made', 'other'"):
         show([*given, "--source", "else"])
     with pytest.raises(ValueError, match="--first 0: give 1 or more"):
         show([*given, "--first", "0"])
@@ -303,7 +303,7 @@ def test_arms_one_below_the_other(
     ]
     out = printed(capsys, *given, "--arm", "left", "--arm", "right", "--id", "two")
     assert out.endswith("\n{=a=}bc\n\nright: two is not in its pool\n")
-    with pytest.raises(ValueError, match="choose from left, right"):
+    with pytest.raises(ValueError, match="choose from 'left', 'right'"):
         show([*given, "--id", "one"])
 
 

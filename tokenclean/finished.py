@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,24 +58,29 @@ class FinishedRun:
     Args:
         folder: of the run, of one of its arms, or of a cleaned pool.
         tokenizer: path or hub name of the pool's tokenizer, where the run does not say.
+        trust_remote_code: run the Python code that comes with the run's model. What the run's own
+            configuration says of it does not count: a run may come from anywhere.
 
     Attributes:
         arms: name -> arm, in the run's order.
         config: the run's resolved configuration; empty if there is none.
+        root: the run that ``folder`` is or lies in.
+        unfinished: arms that the run asks for and that have no cleaned pool yet.
 
     Raises:
         ValueError: if there is no cleaned pool in it.
     """
 
-    def __init__(self, folder: Path, tokenizer: str | None = None):
-        self.folder, self._given = Path(folder), tokenizer
+    def __init__(self, folder: Path, tokenizer: str | None = None, trust_remote_code: bool = False):
+        self.folder, self._given, self._trusted = Path(folder), tokenizer, trust_remote_code
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder; give that of a run of `clean` or `select`")
         # The cleaned pool and the arm that it belongs to may be named in the run's stead.
-        arm = self.folder.parent if self.folder.name == "cleaned" else self.folder
+        arm = Path(os.path.abspath(self.folder))
+        arm = arm.parent if arm.name == "cleaned" else arm
         of_run = arm.parent.name == "arms"
-        run = arm.parent.parent if of_run else arm
-        self.config = _read_yaml(run / CONFIG)
+        self.root = arm.parent.parent if of_run else arm
+        self.config = _read_yaml(self.root / CONFIG)
         self.arms: dict[str, CleanedArm] = {}
         if (self.folder / "arms").is_dir():
             found = sorted(p.name for p in (self.folder / "arms").iterdir())
@@ -85,6 +92,12 @@ class FinishedRun:
                 self._add(name, self.folder / "arms" / name)
         else:
             self._add(arm.name if of_run else ONLY, self.folder)
+        asked = (self.config.get("loop") or {}).get("arms") or {}
+        self.unfinished = [
+            name
+            for name, settings in asked.items()
+            if not of_run and name not in self.arms and settings.get("schedule") != "warmup"
+        ]
         if not self.arms:
             studied = (self.folder / "study.json").is_file()
             raise ValueError(
@@ -99,9 +112,9 @@ class FinishedRun:
         if cleaned is None:
             return
         rounds = {
-            int(p.name.removeprefix("round_")): p
+            int(found[1]): p
             for p in folder.glob("round_*")
-            if is_cleaned_pool(p / "cleaned")
+            if (found := re.fullmatch(r"round_(\d+)", p.name)) and is_cleaned_pool(p / "cleaned")
         }
         self.arms[name] = CleanedArm(name, folder, cleaned, dict(sorted(rounds.items())))
 
@@ -111,7 +124,7 @@ class FinishedRun:
         Raises:
             ValueError: listing the arms.
         """
-        listed = ", ".join(self.arms)
+        listed = ", ".join(map(repr, self.arms))
         if name is None and len(self.arms) == 1:
             return next(iter(self.arms.values()))
         if name is None:
@@ -126,13 +139,25 @@ class FinishedRun:
         for config in (self.config, *self._scored_by()):
             named = (config.get("model") or {}).get("base") or {}
             if "name" in named:
-                known = ("name", "tokenizer", "revision", "trust_remote_code", "dtype")
-                return BaseConfig(**{key: named[key] for key in known if key in named})
+                known = ("name", "tokenizer", "revision", "dtype")
+                base = BaseConfig(**{key: named[key] for key in known if key in named})
+                base.trust_remote_code = self._trusted
+                base.name = self.place(base.name)
+                base.tokenizer = base.tokenizer and self.place(base.tokenizer)
+                return base
         return None
+
+    def place(self, path: str) -> str:
+        """A path that the run stores; a relative one may be meant from a folder above the run."""
+        if Path(path).exists():
+            return path
+        places = (folder / path for folder in self.root.parents)
+        return next((str(place) for place in places if place.exists()), path)
 
     def _scored_by(self) -> list[dict[str, Any]]:
         """Configurations of the runs of `score` that a run of `select` took its tables from."""
-        named = [Path(p) for key in ("base", "reference") if (p := self.config.get(key))]
+        stored = (self.config.get(key) for key in ("base", "reference"))
+        named = [Path(self.place(path)) for path in stored if path]
         return [_read_yaml(place / CONFIG) for path in named for place in (path, path.parent)]
 
     @cached_property
@@ -143,7 +168,7 @@ class FinishedRun:
             ValueError: if the run does not name it, or it is not the one that made the pools.
         """
         if self._given is not None:
-            base = BaseConfig(name=self._given)
+            base = BaseConfig(name=self._given, trust_remote_code=self._trusted)
         elif self.base is not None:
             base = self.base
         else:
@@ -151,7 +176,15 @@ class FinishedRun:
                 f"{self.folder} does not say which model its tokens belong to; name its tokenizer "
                 "with --tokenizer"
             )
-        tokenizer = load_tokenizer(base)
+        try:
+            tokenizer = load_tokenizer(base)
+        except ValueError as error:
+            if self._trusted:
+                raise
+            raise ValueError(
+                f"{error}\nName the tokenizer with --tokenizer; if it comes with code of its own that "
+                "you trust, pass --trust_remote_code"
+            ) from error
         made = {str(arm.manifest["tokenizer"]) for arm in self.arms.values()}
         now = fingerprint_tokenizer(tokenizer)
         if made != {now}:

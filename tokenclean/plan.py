@@ -130,7 +130,7 @@ class Planner:
             if checkpointing == "auto"
             else bool(checkpointing)
         )
-        self.validation = None if data.validation is None else Rows.of(TokenRows(data.validation))
+        self.validation = None if data.validation is None else Rows.of(data.validated_rows())
         self.test = None if data.test is None else Rows.of(TokenRows(data.test))
 
     # -- stages -------------------------------------------------------------------------------
@@ -311,9 +311,10 @@ class Planner:
                 for number, part in enumerate(parts[1:], start=1):
                     needs = arm.needs(selection)
                     costs += self._round(name, needs, loop, number, rows[part], depth)
-                    if loop.panel and columns_needed(needs, "reference") is not None:
+                    asks = columns_needed(needs, "reference") is not None
+                    if asks and loop.has_panel(len(parts) - 1):
                         panel = rows[panel_rows(parts, loop.panel, self.data.seed)]
-                        costs += self._round(name, needs, loop, number, panel, depth)
+                        costs += self._round(SHARED, needs, loop, number, panel, depth)
                     if chosen.estimates_keep:
                         costs += self.probe(name, rows[part], number, depth)
                     informative = None if truth is None else truth[part]

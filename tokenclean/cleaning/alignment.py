@@ -53,7 +53,8 @@ def alignment(loop: CleaningLoop, cleaned: CleanedPool) -> list[dict[str, Any]]:
     draw = np.random.default_rng(loop.seed)
     rows, scores = _scored(loop, cleaned, draw)
     network = loop.fresh_adapter()
-    held_out = TokenRows(validation, _some(np.arange(len(validation)), draw))
+    some = _some(np.arange(len(validation)), draw)
+    held_out = TokenRows(validation, some, labels=True).learnt()
     target = _gradient_of(network, loop.data.scoring_loader(held_out))
 
     edges = np.quantile(np.concatenate([scores[int(r)] for r in rows]), np.linspace(0, 1, 11))

@@ -155,7 +155,7 @@ class LoopConfig:
         evaluate_rounds: also measure the warm-up model and the model after every round.
         panel: samples of the last part, which no round's reference was trained on, that every
             self-evolving round's reference scores and the rule masks, so that the rounds' masks can
-            be compared on the same tokens; 0: none.
+            be compared on the same tokens; 0: none. A single round has nothing to be compared with.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
@@ -188,6 +188,10 @@ class LoopConfig:
             epochs = getattr(self, name)
             if epochs is not None and epochs < 1:
                 raise ValueError(f"loop.{name}: {epochs}; at least 1 is needed")
+
+    def has_panel(self, rounds: int) -> bool:
+        """Whether that many rounds are to be compared on a panel."""
+        return self.panel > 0 and rounds > 1
 
 
 def panel_rows(parts: list[np.ndarray], size: int, seed: int) -> np.ndarray:

@@ -472,12 +472,11 @@ class CleaningLoop:
         changes: dict[str, Any] = {} if epochs is None else {"max_epochs": epochs}
         trainer = self.make_trainer(log_folder=step, **changes)
         rows = TokenRows(CleanedPool(step / "cleaned", self._cache))
-        validation = self.data.validation
         with self._measured("train", step) as cost:
             trainer.fit(
                 module,
                 self.data.training_loader(rows, module.carry),
-                None if validation is None else self.data.scoring_loader(TokenRows(validation)),
+                None if self.data.validation is None else self.data.val_dataloader(),
             )
             stop_if_interrupted(trainer)
             network.freeze()
@@ -596,7 +595,7 @@ class CleaningLoop:
             if scored.seen.any():
                 raise RuntimeError(f"round {number} scores rows that its reference was trained on")
             self._clean(scored, selection, step)
-            if reference is not None and self.loop.panel:
+            if reference is not None and self.loop.has_panel(len(parts) - 1):
                 self._panel(step, parts, number, stack, arm, selection, probes)
             if not _is_trained(step):
                 self._train(step, stack, number, arm=arm)
@@ -863,7 +862,7 @@ class CleaningLoop:
                     result.accuracy = accuracy(answers)
                     charge_scoring(cost, self.shape, rows)
                 if self.data.validation is not None:
-                    rows = TokenRows(self.data.validation)
+                    rows = self.data.validated_rows()
                     loader = self.data.scoring_loader(rows)
                     result.validation_nll = mean_nll(network, self.data.validation, loader)
                     charge_scoring(cost, self.shape, rows)
@@ -885,9 +884,13 @@ class CleaningLoop:
 
     @contextmanager
     def _measured(self, stage: Stage, folder: Path) -> Iterator[Cost]:
-        """Charge a stage to the arm and round that its folder belongs to."""
+        """Charge a stage to the arm and round that its folder belongs to.
+
+        Panels are charged to no arm: they measure, and an arm does not need them.
+        """
         first, *rest = folder.relative_to(self.folder).parts
         arm = rest[0] if first == "arms" else "base" if first == "base" else SHARED
+        arm = SHARED if "panel" in rest[1:] else arm
         rounds = [int(p.removeprefix("round_")) for p in rest[1:] if p.startswith("round_")]
         number = rounds[0] if rounds else 0 if first == "warmup" else None
         with self.ledger.measure(arm, stage, number, lambda: self._network) as cost:

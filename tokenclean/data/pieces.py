@@ -47,7 +47,8 @@ class TokenTexts:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the decoded text; joined, they are `decode` of all of them.
 
-    A token that ends within a character adds nothing, the one that completes it adds it.
+    A token that ends within a character adds nothing, the one that completes it adds it. Of one that
+    stays broken, since the sample was cut inside it, the sign that stands for it is the first one's.
 
     Args:
         tokenizer: of transformers.
@@ -58,27 +59,32 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """
     ids = [int(i) for i in ids]
     whole = decode(tokenizer, ids)
-    texts = _added(tokenizer, ids, _BACK)
+    texts = _added(tokenizer, ids, _BACK, whole)
     if "".join(texts) != whole:
         # A decoder whose pieces depend on more than a few tokens before.
-        texts = _added(tokenizer, ids, len(ids))
+        texts = _added(tokenizer, ids, len(ids), whole)
     if "".join(texts) != whole:
         # Nothing to be had but the tokens by themselves, which need not join up.
         texts = [decode(tokenizer, [i]) for i in ids]
     return texts
 
 
-def _added(tokenizer: Any, ids: list[int], back: int) -> list[str]:
-    """The growth of the text, token by token, seen from at most ``back`` tokens before."""
+def _added(tokenizer: Any, ids: list[int], back: int, whole: str) -> list[str]:
+    """The growth of the whole text, token by token, seen from at most ``back`` tokens before."""
     texts: list[str] = []
+    done = 0  # characters so far
     start = 0  # the window's first token; `said`: what the window has given so far
     said = ""
     for stop in range(1, len(ids) + 1):
         now = decode(tokenizer, ids[start:stop])
-        if (now.endswith(_BROKEN) and stop < len(ids)) or not now.startswith(said):
+        more = now[len(said) :]
+        # The sign for broken characters may also stand in the data.
+        unfinished = now.endswith(_BROKEN) and not whole.startswith(more, done)
+        if unfinished or not now.startswith(said):
             texts.append("")
             continue
-        texts.append(now[len(said) :])
+        texts.append(more)
+        done += len(more)
         if stop - start >= 2 * back:
             start = stop - back
             now = decode(tokenizer, ids[start:stop])

@@ -59,7 +59,7 @@ _CANDIDATES, _NEAREST = 50, 3
 def show(argv: list[str]) -> None:
     """Print samples of a finished run."""
     options = _parse(argv)
-    run = FinishedRun(options.run, options.tokenizer)
+    run = FinishedRun(options.run, options.tokenizer, options.trust_remote_code)
     arms = [run.arm(name) for name in dict.fromkeys(options.arm or [None])]
     tokenizer = run.tokenizer
     ids = list(dict.fromkeys(options.id)) if options.id else choose(arms[0], options)
@@ -103,6 +103,9 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--arm", action="append", help="of a run; repeated: one below the other")
     parser.add_argument("--tokenizer", help="of the pool, where the run does not name it")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with the tokenizer"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--id", action="append", help="this sample (may be repeated)")
     which.add_argument("--first", type=int, metavar="N", help=f"the first N (default: {DEFAULT})")
@@ -152,7 +155,9 @@ def choose(arm: CleanedArm, options: Namespace) -> list[str]:
     else:
         chosen = list(islice(ids, options.first or DEFAULT))
     if not chosen:
-        shown = ", ".join(sorted(sources)[:20]) + (", ..." if len(sources) > 20 else "")
+        if not sources:
+            raise ValueError(f"{arm.cleaned} has no samples")
+        shown = ", ".join(map(repr, sorted(sources)[:20])) + (", ..." if len(sources) > 20 else "")
         raise ValueError(f"--source: {options.source!r} does not occur; there are {shown}")
     return chosen
 

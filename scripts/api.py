@@ -31,12 +31,18 @@ def write_pages(folder: Path, names: list[str]) -> None:
     """Write a page for each module and for all below it, an index, and a search.
 
     Args:
-        folder: made or replaced.
+        folder: made; replaced if pdoc wrote it.
         names: of modules, ``tokenclean`` for the whole package.
 
     Raises:
         UserWarning: pdoc's first warning.
+        ValueError: if the folder holds something else.
     """
+    pages = all((folder / name).is_file() for name in ("index.html", "search.js"))
+    if folder.exists() and not (pages or (folder.is_dir() and not any(folder.iterdir()))):
+        raise ValueError(
+            f"--out: {folder} is no folder of pages, and is not replaced; name another"
+        )
     import pdoc
 
     import tokenclean
@@ -100,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_pages(args.out, args.modules)
-    except UserWarning as warning:
-        raise SystemExit(f"error: {warning}") from None
+    except (UserWarning, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     print(f"{args.out / 'index.html'}")
 
 

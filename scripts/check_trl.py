@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -126,6 +127,22 @@ def write_pool(folder: Path, rows: Sequence[Row]) -> None:
     write_cleaned_pool(folder, [pa.record_batch(columns, schema=schema)], schema, manifest)
 
 
+def newest() -> str:
+    """The number of the newest version of TRL that is published.
+
+    Raises:
+        RuntimeError: if pip cannot tell.
+    """
+    ask = [sys.executable, "-m", "pip", "index", "versions", "trl"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    found = re.match(r"trl \(([\w.]+)\)", done.stdout)
+    if done.returncode or found is None:
+        raise RuntimeError(
+            f"pip cannot tell the newest trl; name one with --versions: {done.stderr}"
+        )
+    return found[1]
+
+
 def environment(version: str, work: Path) -> Path:
     """The Python of an environment with one version of TRL and our torch; made if need be."""
     place = work / f"trl-{version}"
@@ -142,8 +159,7 @@ def environment(version: str, work: Path) -> Path:
         index = os.environ.get("TOKENCLEAN_TORCH_INDEX")
         subprocess.run([*install, *(["--index-url", index] if index else []), torch], check=True)
         # named again, so that no other torch takes its place
-        wanted = "trl" if version == "newest" else f"trl=={version}"
-        subprocess.run([*install, torch, wanted, *BESIDE.get(version, ())], check=True)
+        subprocess.run([*install, torch, f"trl=={version}", *BESIDE.get(version, ())], check=True)
         complete.touch()
     return python
 
@@ -201,9 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     wrong = []
+    numbers = dict.fromkeys(newest() if v == "newest" else v for v in options.versions)
     with TemporaryDirectory() as folder:
         data = exports(Path(folder))
-        for version in options.versions:
+        for version in numbers:
             python = environment(version, work)
             print(f"\n## {versions_in(python)}\n", flush=True)
             found = probed(python, Path(folder), data)

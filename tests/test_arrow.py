@@ -177,6 +177,23 @@ def test_a_finished_writer_replaces_the_folder(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == [MANIFEST]
 
 
+def test_a_writer_follows_a_link(tmp_path: Path) -> None:
+    folder = write_table(tmp_path / "far" / "table")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with complete_folder(link) as partial:
+        write_json(partial / MANIFEST, {"kind": "other", "rows": 0})
+    assert link.is_symlink() and [p.name for p in folder.iterdir()] == [MANIFEST]
+    assert [p.name for p in folder.parent.iterdir()] == ["table"]
+
+
+def test_a_folder_that_cannot_take_its_name_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "table").write_text("a file")
+    with pytest.raises(OSError), complete_folder(tmp_path / "table") as partial:
+        write_json(partial / MANIFEST, {"kind": "other", "rows": 0})
+    assert [p.name for p in tmp_path.iterdir()] == ["table"]
+
+
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"name": "naïve"})

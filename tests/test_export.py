@@ -17,12 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import byte_level_tokenizer, character_tokenizer, sentencepiece_tokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from tokenclean import cli
-from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
+from tokenclean.data.cleaned import cleaned_schema, read_blocks, write_cleaned_pool
 from tokenclean.data.template import fingerprint_tokenizer, vocabulary_hash
-from tokenclean.export.content import Labelled
+from tokenclean.export.card import is_hub_name, sources
+from tokenclean.export.content import Counts, Labelled, Tally
 from tokenclean.export.formats import smallest_dtype, write_olmo
+from tokenclean.export.markdown import cell
 from tokenclean.export.verb import export
 
 NAN = float("nan")
@@ -255,6 +259,9 @@ def test_llamafactory_folder_has_types_that_every_datasets_knows(pool: Path) -> 
     info = json.loads((folder / "train" / "dataset_info.json").read_text())
     # `List`, which datasets 4 and 5 write, is unknown to datasets 3
     assert {f["_type"] for f in info["features"].values()} == {"Sequence"}
+    # what `datasets` caches goes by this, so other rows need another one
+    state = json.loads((folder / "train" / "state.json").read_text())
+    assert state["_fingerprint"] == json.loads((folder / "tokenclean.json").read_text())["content"]
 
 
 def test_olmo_arrays_have_no_header(pool: Path) -> None:
@@ -291,6 +298,36 @@ def test_olmo_dtype_follows_the_vocabulary() -> None:
     assert smallest_dtype(100, "uint32") == "uint32"
     with pytest.raises(ValueError, match="ids up to 65,536 do not fit in uint16; pass uint32"):
         smallest_dtype(65537, "uint16")
+
+
+def test_olmo_dtype_has_room_for_every_entry_of_the_tokenizer(tmp_path: Path) -> None:
+    words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 65537)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        unk_token="<unk>",
+        eos_token="</s>",
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run = write_pool(tmp_path / "run" / "cleaned", [Row("one", [5, 1], ".k")], tokenizer).parent
+    folder = exported(run, "olmo", "--tokenizer", str(tmp_path / "tokenizer"))
+    assert json.loads((folder / "tokenclean.json").read_text())["dtype"] == "uint32"
+    assert (folder / "token_ids_part_0000.npy").read_bytes() == bytes([5, 0, 0, 0, 1, 0, 0, 0])
+    folder = exported(run, "olmo", "--overwrite")
+    assert json.loads((folder / "tokenclean.json").read_text())["dtype"] == "uint16"
+    assert "uint16 follows the largest token id there is, 5" in (folder / "README.md").read_text()
+
+
+def test_counts_go_over_all_blocks(tmp_path: Path) -> None:
+    folder = write_pool(tmp_path / "cleaned", hand_rows(), CHARACTERS)
+    counted = Tally()
+    for block in read_blocks(folder, rows=1):
+        counted.add(block, CHARACTERS.eos_token_id, keep_empty=False)
+    # `turns`, the second of five
+    assert counted.longest == len(
+        "<|user|>\n1\n<|assistant|>\nab$\n<|user|>\n2\n<|assistant|>\ncd$"
+    )
+    assert counted.largest_id == max(i for row in TAUGHT for i in row.ids)
+    assert (counted.rows, counted.total.samples, counted.total.emptied) == (4, 5, 1)
 
 
 def test_jsonl_has_every_number(pool: Path) -> None:
@@ -382,6 +419,45 @@ def test_texts_read_again_give_the_same_tokens_and_kept_text(make: Any, tmp_path
         for start, end in again["offset_mapping"]
     ]
     assert kept == [m == "k" for m in marks]
+
+
+def test_several_turns_give_the_text_that_was_tokenised(tmp_path: Path) -> None:
+    """Such a tokenizer begins anew behind a special token, with a blank that is in no text."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = (
+        "<|user|>\nWhat is\n<|assistant|>\nthe sky</s>\n<|user|>\nthe fox\n<|assistant|>\n"
+        "is the dog</s>\n<|user|>\nfive"
+    )
+    ids = tokenizer(text)["input_ids"]
+    first = ids.index(tokenizer.eos_token_id)
+    second = ids.index(tokenizer.eos_token_id, first + 1)
+    marks = "".join("k" if i in (first, second) else "." for i in range(len(ids)))
+    run = write_pool(tmp_path / "run" / "cleaned", [Row("one", ids, marks)], tokenizer).parent
+    folder = exported(run, "spans", "--tokenizer", str(tmp_path / "tokenizer"))
+    (row,) = lines(folder / "samples.jsonl")
+    assert (row["text"], row["exact"]) == (text, True)
+    assert tokenizer(row["text"])["input_ids"] == ids
+    ends = [text.index("</s>"), text.rindex("</s>")]
+    assert row["responses"] == [[end, end + len("</s>")] for end in ends]
+    assert "1 of 1 texts give exactly" in (folder / "README.md").read_text()
+
+
+def test_a_samples_own_eos_is_not_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    ids, marks = spelled(tokenizer, ("<s><|assistant|>\n", "."), ("the sky", "d"), ("</s>", "k"))
+    rows = [Row("cut", ids, marks), Row("whole", [*ids, tokenizer.eos_token_id], marks + ".")]
+    run = write_pool(tmp_path / "run" / "cleaned", rows, tokenizer).parent
+    place = str(tmp_path / "tokenizer")
+    for row in lines(exported(run, "spans", "--tokenizer", place) / "samples.jsonl"):
+        assert row["text"] == "<|assistant|>\nthe sky</s>"
+        assert [row["text"][s["start"] : s["end"]] for s in row["spans"] if s["kept"]] == ["</s>"]
+        # the text of `cut` gets one more when it is read again
+        assert row["exact"] == (row["id"] == "whole")
 
 
 def test_a_character_belongs_to_the_token_that_completes_it(tmp_path: Path) -> None:
@@ -488,7 +564,7 @@ def test_a_cards_code_loads_the_export(
         assert len(scope["bounds"]) == 4
     elif to == "spans":
         assert scope["kept"] == ["Yes", "$"]
-        exec(blocks[1].replace('"characters', f'"{characters}" or "'), scope)
+        exec(blocks[1].replace('"BASE"', repr(characters)), scope)
         assert scope["labels"] == TAUGHT[0].labels
     else:
         rows = list(scope["rows"])
@@ -509,7 +585,12 @@ def test_a_card_says_what_was_cleaned(pool: Path, characters: str) -> None:
     assert head["license"] == "cc-by-4.0"
     assert head["configs"][0]["data_files"] == [{"split": "train", "path": "train.parquet"}]
     # 7 + 6 + 3 + 4 + 4 response tokens; 4 + 3 + 2 + 0 + 4 kept
-    assert "4 of 5 samples, in which 13 of 24 response tokens (54.2%) are kept" in text
+    # and 9 of 20 of what the rule cleaned
+    assert (
+        "4 of 5 samples, in which 13 of 24 response tokens (54.2%; 45.0% without the warm-up, "
+        "which no rule cleaned) are kept" in text
+    )
+    assert "# Cleaned tokens of run, for TRL" in text
     assert "1 samples of which no token is kept are left out" in text
     rows = re.findall(r"^\| (?!-|source)(.*) \|$", text.split("## Sources")[1], flags=re.M)
     # without round 0: tales 10 and 6, the odd one 6 and 3, rest 4 and 0
@@ -534,6 +615,56 @@ def test_a_card_says_what_was_cleaned(pool: Path, characters: str) -> None:
     }
     assert {key: note[key] for key in want} == want
     assert note["tokens"] == sum(len(r.ids) for r in TAUGHT)
+
+
+def test_names_are_those_that_others_can_look_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "outputs" / "run"
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    run.mkdir(parents=True)
+    for place in (tmp_path, run):
+        monkeypatch.chdir(place)
+        assert is_hub_name("owner/model-1.5", run) and is_hub_name("gpt2", run)
+        for name in ("models/tiny", "/data/tiny", "./tiny", "../tiny", "~/tiny", "a/b/c", 'a"b'):
+            assert not is_hub_name(name, run), name
+    assert not is_hub_name(None, run)
+
+
+def test_a_trl_card_names_no_model_that_may_be_another(pool: Path, characters: str) -> None:
+    text = (exported(pool, "trl") / "README.md").read_text()
+    assert '\nbase = "BASE"  # the model whose tokenizer made these tokens\n' in text
+    # beside the export, which may be replaced and published, not in it
+    assert 'output_dir="../trained"' in text
+    (pool.parent / "models" / "tiny").mkdir(parents=True)
+    seen = "seen from where the run was made"
+    for base, code in (
+        ("owner/model", '"owner/model"'),
+        ("models/tiny", f'"BASE"  # the run\'s base: models/tiny, {seen}'),
+        (characters, f'"BASE"  # the run\'s base: {Path(characters).name}, {seen}'),
+    ):
+        config = {"model": {"base": {"name": base}}}
+        (pool / "config.yaml").write_text(yaml.safe_dump(config))
+        text = (exported(pool, "trl", "--overwrite") / "README.md").read_text()
+        assert f"\nbase = {code}\ntrainer = SFTTrainer(model=base, args=" in text
+        assert str(Path(characters).parent) not in text
+
+
+def test_values_cannot_break_a_cards_table() -> None:
+    assert cell("a|b\n <i>*c* [d]`e`\\") == r"a\|b \<i\>\*c\* \[d\]\`e\`\\"
+
+
+def test_many_sources_are_put_together() -> None:
+    found = {
+        f"s{i:02}": Counts(samples=2, response=100 - i, kept=7, ranked=100 - i, ranked_kept=7)
+        for i in range(53)
+    }
+    total = Counts(samples=106, response=5300 - 1378, kept=371, ranked=3922, ranked_kept=371)
+    rows = sources(found, total).splitlines()
+    assert len(rows) == 2 + 50 + 2
+    # 50 + 49 + 48 tokens, of which 21 are kept
+    assert rows[-2] == "| 3 others | 6 | 147 | 21 | 0.143 | 0 |"
+    assert rows[-1] == "| all | 106 | 3,922 | 371 | 0.095 | 0 |"
 
 
 def test_the_text_of_a_chat_template_is_whole(tmp_path: Path) -> None:
@@ -574,18 +705,40 @@ def test_a_card_says_what_each_round_and_each_reason_took(tmp_path: Path) -> Non
         tokens_by_reason=reasons,
         reasons=named,
         base=None,
+        score_base="theta_0",
     ).parent
     text = (exported(run, "axolotl") / "README.md").read_text()
     assert "| 0 | 7 | 7 | - | - | - |\n| 1 | 30 | 12 | -0.5 | theta | - |" in text
     assert "| share kept | 0.4000 |" in text  # of round 1
     assert "| kept | 12 |\n| idle | 3 |\n| wrong | 4 |" in text
     assert "| base | fingerprint theta |" in text
+    assert "| base of the scores | the base model, untrained |" in text
 
 
 def test_a_licence_is_left_to_the_user(pool: Path) -> None:
     text = (exported(pool, "axolotl") / "README.md").read_text()
-    assert yaml.safe_load(text.split("---")[1])["license"] is None
-    assert "Not stated." in text
+    assert "license" not in yaml.safe_load(text.split("---")[1])
+    assert "**Not stated.** Fill it in, here and as `license:` at the top" in text
+
+
+def test_a_licence_of_no_known_form_is_warned_about(
+    pool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported(pool, "trl", "--license", "cc-by-4.0")
+    assert not caplog.messages
+    exported(pool, "trl", "--overwrite", "--license", "ask me first")
+    assert caplog.messages == [
+        "--license: 'ask me first' is no SPDX name, such as apache-2.0; the card says it as it is"
+    ]
+    text = (pool / "export" / "trl" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "ask me first"
+
+
+def test_a_run_of_fit_names_the_pool_that_it_was_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "fit" / "adapter").mkdir(parents=True)
+    (tmp_path / "fit" / "config.yaml").write_text("data: {path: outputs/select/cleaned}\n")
+    with pytest.raises(ValueError, match=r"is a run of `fit`, .*, outputs/select/cleaned$"):
+        exported(tmp_path / "fit", "trl")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -607,7 +760,7 @@ def test_a_finished_export_is_left_and_another_one_guarded(
 ) -> None:
     out = str(tmp_path / "out")
     export([str(pool), "--to", "trl", "--out", out])
-    assert "format=trl, rows=4," in capsys.readouterr().out
+    assert "format=trl, rows=4, rows_left_out=1, tokens=" in capsys.readouterr().out
     before = (tmp_path / "out" / "train.jsonl").stat().st_mtime_ns
     export([str(pool), "--to", "trl", "--out", out])
     assert "exported before" in capsys.readouterr().out
@@ -627,11 +780,85 @@ def test_a_finished_export_is_left_and_another_one_guarded(
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
+def test_what_no_export_wrote_is_never_deleted(pool: Path) -> None:
+    folder = exported(pool, "trl")
+    for name in ("trained", "trained/step"):
+        (folder / name).mkdir()
+    (folder / "trained" / "step" / "weights").write_text("days of training")
+    with pytest.raises(ValueError, match=r"no export wrote there \(trained/step/weights\)"):
+        exported(pool, "trl", "--overwrite")
+    assert (folder / "trained" / "step" / "weights").read_text() == "days of training"
+    exported(pool, "trl")  # it is still the same export
+    (folder / "trained").rename(pool / "trained")
+    exported(pool, "trl", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    "card", ["[]", "{", '{"kind": "score", "files": {}}', '{"kind": "export"}']
+)
+def test_a_card_of_something_else_makes_no_export(card: str, pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tokenclean.json").write_text(card)
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(ValueError, match="holds something that is no export"):
+            exported(pool, "trl", "--out", str(tmp_path / "mine"), *more)
+    assert (tmp_path / "mine" / "tokenclean.json").read_text() == card
+
+
+def test_an_export_that_is_no_longer_whole_is_not_finished(pool: Path) -> None:
+    folder = exported(pool, "trl")
+    listed = json.loads((folder / "tokenclean.json").read_text())["files"]
+    assert listed == {
+        name: (folder / name).stat().st_size
+        for name in ("README.md", "train.jsonl", "train.parquet")
+    }
+    size = listed["train.jsonl"]
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=rf"train\.jsonl has {size + 1:,} bytes, not {size:,};"):
+        exported(pool, "trl")
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"its train\.jsonl is gone; pass --overwrite"):
+        exported(pool, "trl")
+    exported(pool, "trl", "--overwrite")
+    assert len(lines(folder / "train.jsonl")) == 4
+
+
+@pytest.mark.parametrize("what", ["manifest", "configuration", "version", "choices", "data"])
+def test_another_content_is_another_export(
+    what: str, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(pool, "trl")
+    more = ["--keep_empty"] if what == "choices" else []
+    if what == "manifest":
+        path = pool / "cleaned" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": 0.25}))
+    elif what == "configuration":
+        (pool / "config.yaml").write_text("loop: {reference: other}\n")
+    elif what == "version":
+        monkeypatch.setattr("tokenclean.export.verb.__version__", "99")
+    elif what == "data":
+        table = pq.read_table(pool / "cleaned" / "data.parquet")
+        pq.write_table(table.slice(1), pool / "cleaned" / "data.parquet")
+    with pytest.raises(ValueError, match=r"holds another export .*--overwrite"):
+        exported(pool, "trl", *more)
+
+
+def test_an_export_behind_a_link_is_replaced_there(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "far")
+    for more in ([], ["--overwrite"]):
+        exported(pool, "trl", "--out", str(link), *more)
+        assert link.is_symlink() and len(lines(tmp_path / "far" / "train.jsonl")) == 4
+    assert {p.name for p in tmp_path.iterdir()} == {"far", "link", "run"}
+
+
 def test_arms_are_kept_apart(tmp_path: Path) -> None:
     rows = hand_rows()
     for name, part in (("one", rows[:1]), ("two", rows[1:])):
         write_pool(tmp_path / "run" / "arms" / name / "cleaned", part, CHARACTERS)
-    with pytest.raises(ValueError, match="choose from one, two"):
+    with pytest.raises(ValueError, match=r"choose from '?one'?, '?two'?"):
         export([str(tmp_path / "run"), "--to", "axolotl"])
     export([str(tmp_path / "run"), "--to", "axolotl", "--arm", "one"])
     found = lines(tmp_path / "run" / "export" / "one" / "axolotl" / "train.jsonl")
@@ -664,9 +891,12 @@ def test_a_pool_of_an_older_version(tmp_path: Path, characters: str) -> None:
         (["--to", "trl", "--per_token"], "--per_token: it is for spans"),
         (["--to", "adapter", "--tokenizer", "x"], "--tokenizer: it is for data"),
         (["--to", "trl", "--private"], "--private: it is for --push_to_hub"),
-        (["--to", "trl", "--push_to_hub", "nobody"], "'nobody' is no repository"),
+        (["--to", "trl", "--push_to_hub", "nobody"], "'nobody' is no repository; give owner/"),
+        (["--to", "trl", "--push_to_hub", "a b/c"], "'a b/c' is no repository"),
+        (["--to", "trl", "--push_to_hub", "x/.."], "'x/..' is no repository"),
+        (["--to", "trl", "--push_to_hub", "x/y/z"], "'x/y/z' is no repository"),
         (["--to", "spans"], "name its tokenizer with --tokenizer"),
-        (["--to", "trl", "--arm", "x"], "no arm 'x'; choose from selected"),
+        (["--to", "trl", "--arm", "x"], "no arm 'x'; choose from "),
         (["--to", "adapter"], "holds no trained model"),
     ],
 )
@@ -716,7 +946,9 @@ def test_nothing_is_pushed_unasked(pool: Path, hub: list[Any]) -> None:
 
 
 def test_a_push_uploads_the_folder(pool: Path, hub: list[Any]) -> None:
-    folder = exported(pool, "trl", "--push_to_hub", "me/cleaned", "--private")
+    folder = exported(pool, "trl")
+    (folder / "diary.txt").write_text("not for others")
+    exported(pool, "trl", "--push_to_hub", "me/cleaned", "--private")
     assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
     made, sent = (options for _, options in hub)
     assert made == {
@@ -724,6 +956,31 @@ def test_a_push_uploads_the_folder(pool: Path, hub: list[Any]) -> None:
     }  # fmt: skip
     assert (sent["repo_id"], sent["repo_type"]) == ("me/cleaned", "dataset")
     assert sent["folder_path"] == str(folder)
+    assert sorted(sent["allow_patterns"]) == [
+        "README.md", "tokenclean.json", "train.jsonl", "train.parquet"
+    ]  # fmt: skip
+
+
+def test_a_push_that_fails_says_so_in_one_line(
+    pool: Path,
+    hub: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import huggingface_hub
+
+    class Unreachable(Exception):
+        """As the client's network errors: none of the system's."""
+
+    def create_repo(*_: Any, **__: Any) -> None:
+        raise Unreachable("no\nroute")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(pool), "--to", "trl", "--push_to_hub", "me/cleaned"])
+    error = capsys.readouterr().err.strip()
+    assert "me/cleaned did not take it (Unreachable: no route); the export is in" in error
+    assert error.count("\n") == 0 and (pool / "export" / "trl" / "train.jsonl").is_file()
 
 
 def test_a_push_offline_is_refused_before_anything_is_written(

@@ -93,7 +93,7 @@ def test_an_arms_model_is_the_base_plus_its_adapters(
     folder = place / "export" / to
     monkeypatch.chdir(folder)
     scope: dict[str, Any] = {}
-    exec(code_of(folder), scope)
+    exec(code_of(folder).replace('"BASE"', repr(str(PLANTED))), scope)
     plain = AutoModelForCausalLM.from_pretrained(PLANTED, dtype=torch.float32)
     want = llama_nll_float64(plain, IDS, added)
     assert (llama_nll_float64(plain, IDS) - want).abs().max() > 0.1
@@ -119,6 +119,112 @@ def test_the_adapter_names_the_base_as_the_run_does(
     assert str(PLANTED.parent) not in card and str(place) not in card
     note = json.loads((tmp_path / "out" / "tokenclean.json").read_text())
     assert (note["kind"], note["format"], note["arm"]) == ("export", "adapter", "one")
+
+
+def of_base(run: Path, folder: Path, **base: Any) -> Path:
+    """A copy of the run that names its base differently."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["base"] = base
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_an_adapters_card_loads_the_base_as_the_run_did(
+    run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    base = {"name": "owner/model", "revision": "v1", "trust_remote_code": True}
+    for name, more, tokens in (
+        ("own", {}, ("owner/model", {"revision": "v1", "trust_remote_code": True})),
+        ("other", {"tokenizer": "owner/tok"}, ("owner/tok", {"trust_remote_code": True})),
+        ("local", {"tokenizer": "/some/tok"}, ("TOKENIZER", {"trust_remote_code": True})),
+    ):
+        folder = of_base(run[0], tmp_path / name, **base, **more) / "export" / "adapter"
+        export([str(tmp_path / name), "--to", "adapter"])
+        stored = json.loads((folder / "adapter_config.json").read_text())
+        assert (stored["base_model_name_or_path"], stored["revision"]) == ("owner/model", "v1")
+        head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+        assert head["base_model"] == "owner/model"
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for kind in (AutoModelForCausalLM, AutoTokenizer, PeftModel):
+                patch.setattr(kind, "from_pretrained", lambda *a, **k: calls.append((a, k)))
+            patch.chdir(folder)
+            exec(code_of(folder), {})
+        (model, _, tokenizer) = calls
+        settings = {"revision": "v1", "trust_remote_code": True, "dtype": torch.float32}
+        assert model == (("owner/model",), settings)
+        assert tokenizer == ((tokens[0],), tokens[1])
+
+
+def test_an_adapter_of_a_local_base_is_not_published(
+    run: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    for number, name in enumerate((str(PLANTED), "models/tiny")):
+        place = of_base(run[0], tmp_path / "outputs" / str(number), name=name)
+        with pytest.raises(ValueError, match=r"stands on .* nobody else can load; push --to merg"):
+            export([str(place), "--to", "adapter", "--push_to_hub", "me/adapter"])
+        assert not (place / "export").exists()
+        export([str(place), "--to", "adapter"])
+        stored = json.loads((place / "export" / "adapter" / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] == name
+        card = (place / "export" / "adapter" / "README.md").read_text()
+        assert "base_model" not in yaml.safe_load(card.split("---")[1])
+        assert f"{name} is a folder, which others do not have" in caplog.text
+        seen = f"{'models/tiny' if number else PLANTED.name}, seen from where the run was made"
+        assert f'\nbase = "BASE"  # the run\'s base: {seen}\n' in card
+
+
+def test_a_base_with_code_of_its_own_is_read_with_it(
+    run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = of_base(run[0], tmp_path / "run", name=str(PLANTED), trust_remote_code=True)
+    trusted = []
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def recorded(*names: Any, **settings: Any) -> Any:
+        trusted.append(settings.get("trust_remote_code"))
+        return plain(*names, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
+    merge = [str(place), "--to", "merged", "--dtype", "bfloat16"]
+    export(merge)
+    # the base, and the sum in float32 to be rounded; what a run says of itself is no permission
+    assert trusted == [False, False]
+    export([*merge, "--trust_remote_code", "--overwrite"])
+    assert trusted[2:] == [True, True]
+    card = (place / "export" / "merged" / "README.md").read_text()
+    assert card.count("trust_remote_code=True") == 3
+    assert "| stored as | bfloat16, added up in float32 |" in card
+
+
+@pytest.mark.parametrize("what", ["alpha", "base"])
+def test_other_settings_or_another_base_are_another_model(
+    what: str, run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(PLANTED, tmp_path / "base")
+    place = of_base(run[0], tmp_path / "run", name=str(tmp_path / "base"))
+    for to in ("adapter", "merged"):
+        export([str(place), "--to", to])
+    adapter = place / "arms" / "one" / "adapter"
+    path = (adapter / "adapter_config.json") if what == "alpha" else tmp_path / "base/config.json"
+    changed = {"lora_alpha": 32} if what == "alpha" else {"rms_norm_eps": 1e-3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match="holds another export"):
+        export([str(place), "--to", "merged"])
+    if what == "alpha":
+        with pytest.raises(ValueError, match="holds another export"):
+            export([str(place), "--to", "adapter"])
+    else:  # it only names its base
+        export([str(place), "--to", "adapter"])
 
 
 def test_models_are_the_same_bytes_again(
@@ -216,7 +322,8 @@ def test_runs_of_fit(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "export" / "merged")
     torch.testing.assert_close(losses(again), whole, rtol=0, atol=0)
     AutoTokenizer.from_pretrained(tmp_path / "full" / "export" / "merged")
-    assert "all weights" in (tmp_path / "full" / "export" / "merged" / "README.md").read_text()
+    card = (tmp_path / "full" / "export" / "merged" / "README.md").read_text()
+    assert "all weights" in card and "| stored as | float32 |" in card
 
 
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}}

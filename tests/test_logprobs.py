@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -80,7 +81,7 @@ def test_a_part_of_the_pool_takes_its_part_of_the_file(pool: TokenPool, tmp_path
     assert read(pool, tmp_path, rows_of(GOOD), [0, 2]).tolist()[:2] == [1.0, 0.0]
     few = {name: GOOD[name] for name in ("id-2", "id-0")}
     assert len(read(pool, tmp_path, rows_of(few), [0, 2])) == 4
-    with pytest.raises(BadData, match=r"lacks 1 of the 3 samples of the pool \(id-1\)"):
+    with pytest.raises(BadData, match=r"lacks 1 of the 3 samples of the pool \('id-1'\)"):
         read(pool, tmp_path, rows_of(few))
 
 
@@ -108,13 +109,14 @@ def test_tokens_are_compared(pool: TokenPool, tmp_path: Path) -> None:
         ([-1.0], "1 log-probabilities for 2 response tokens of 27 input tokens; "),
         ([-1.0] * 28, "28 log-probabilities for 2 response tokens of 27 input tokens; "),
         ([-1.0, 0.002], "log-probability 1 is 0.002, above 0; perhaps these are losses"),
-        ([-1.0, float("nan")], "log-probability 1 is nan"),
-        ([float("-inf"), -1.0], "log-probability 0 is -inf"),
+        ([-1.0, float("nan")], "log-probability 1 is nan; score the sample again"),
+        ([float("-inf"), -1.0], "log-probability 0 is -inf; write a finite number"),
         ([None, -1.0], "log-probability 0 is None, not a number"),
         ([True, -1.0], "log-probability 0 is True, not a number"),
         ([-1, "x"], "log-probability 1 is 'x', not a number"),
         ([-(10**400), -1], "a log-probability is too large a number"),
         ([None] * 27, "log-probability 25 is None, not a number"),
+        ([-1.0, "x" * 10**6], "log-probability 1 is '" + "x" * 76 + "..., not a number"),
         ("x", "no list `logprobs`"),
         (None, "no list `logprobs`"),
     ],
@@ -268,6 +270,56 @@ def test_the_mask_is_that_of_our_own_table(
     assert "logprobs" not in yaml.safe_load((tables / "base" / CONFIG).read_text())
 
 
+def test_another_content_is_another_run(
+    model_folder: Path, pool_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what such a table lacks, nobody is told to make of it."""
+    score(tmp_path, pool_file, model_folder, "base")
+    outputs = tmp_path / "outputs"
+    ours = ScoreTable(outputs / "base" / "scores")
+    rows = [
+        {"id": name, "logprobs": [-1.0] * len(ours.nll[i])}
+        for i, name in enumerate(ours.values("id"))
+    ]
+    file, seen = tmp_path / "given.jsonl", tmp_path / "seen.txt"
+    write_jsonl(file, rows)
+    seen.write_text("row-3\n")
+    more = ("--logprobs", str(file), "--logprobs_trained_on", str(seen))
+    score(tmp_path, pool_file, model_folder, "given", *more)
+    digests = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (file, seen)]
+    stored = yaml.safe_load((outputs / "given" / CONFIG).read_text())
+    assert stored["logprobs_content"] == "-".join(digests)
+    capsys.readouterr()
+    score(tmp_path, pool_file, model_folder, "given", *more)
+    assert "finished before" in capsys.readouterr().out
+    for path in (file, seen):
+        before = path.read_text()
+        path.write_text(before + " ")
+        with pytest.raises(SystemExit):
+            score(tmp_path, pool_file, model_folder, "given", *more)
+        assert "holds a run of another configuration" in capsys.readouterr().err
+        noted = ("--logprobs_content", "-".join(digests))
+        with pytest.raises(SystemExit):
+            score(tmp_path, pool_file, model_folder, "again", *more, *noted)
+        assert "--logprobs_content: the files of --logprobs hold" in capsys.readouterr().err
+        path.write_text(before)
+    score(tmp_path, pool_file, model_folder, "again", *more, *noted)
+    assert (outputs / "again" / "scores").is_dir()
+    for rule, words in (
+        (("--selection.keep", "auto"), "computed elsewhere, which have none; give a number"),
+        (("--selection.rule", "xtf_paper"), "`: it was made from log-probabilities"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(
+                [
+                    *("select", "--base", str(outputs / "given"), "--outputs", str(outputs)),
+                    *("--reference", str(outputs / "base"), "--name", "s", *rule),
+                ]
+            )
+        message = capsys.readouterr().err
+        assert words in message and "--probe" not in message and "--model.columns" not in message
+
+
 def test_what_does_not_go_with_it_is_refused_first(
     model_folder: Path, pool_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +328,7 @@ def test_what_does_not_go_with_it_is_refused_first(
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for more, words in (
         (("--logprobs_model", "m"), "--logprobs_model: it goes with --logprobs"),
+        (("--logprobs_content", "m"), "--logprobs_content: it goes with --logprobs"),
         ((*given, "--probe", "true"), "--probe: it does not go with --logprobs"),
         ((*given, "--estimate"), "--estimate: it does not go with --logprobs"),
         ((*given, "--model.columns", "[gap]"), "model.columns: it does not go"),

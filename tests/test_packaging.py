@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tokenclean  # noqa: E402
-from scripts.api import write_pages  # noqa: E402
+from scripts.api import main, write_pages  # noqa: E402
 
 
 def project() -> dict[str, Any]:
@@ -143,6 +143,34 @@ def test_a_type_that_cannot_be_resolved_is_an_error(
     with pytest.raises(UserWarning, match="Nothing"):
         write_pages(tmp_path / "out", ["odd_module"])
     assert not (tmp_path / "out").exists()
+
+
+def test_pages_replace_nothing_but_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small_module.py").write_text('"""A word."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_pages(out, ["small_module"])  # an empty folder is nobody's
+    (out / "old.html").touch()
+    write_pages(out, ["small_module"])
+    assert "A word" in (out / "small_module.html").read_text() and not (out / "old.html").exists()
+    for name in ("index.html", "search.js"):
+        shutil.copytree(out, tmp_path / "other")
+        (tmp_path / "other" / name).unlink()
+        with pytest.raises(
+            ValueError, match=rf"^--out: {tmp_path / 'other'} is no folder of pages"
+        ):
+            write_pages(tmp_path / "other", ["small_module"])
+        assert (tmp_path / "other" / "small_module.html").is_file()
+        shutil.rmtree(tmp_path / "other")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    with pytest.raises(SystemExit, match=r"^error: --out: .*file is no folder of pages"):
+        main(["--out", str(file), "small_module"])
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.slow

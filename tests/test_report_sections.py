@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ import pyarrow as pa
 import pytest
 import yaml
 from conftest import character_tokenizer
+from matplotlib.figure import Figure
 
 from tokenclean.arrow import write_json
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.planted import BOILERPLATE_LAST
 from tokenclean.data.template import fingerprint_tokenizer
+from tokenclean.evaluation.planted import Accuracy
 from tokenclean.finished import FinishedRun
 from tokenclean.models import BaseConfig
 from tokenclean.models.loading import load_tokenizer
+from tokenclean.report import plots
 from tokenclean.report.content import Section, Table
+from tokenclean.report.evolution import _broken
 from tokenclean.report.rounds import read_panel, round_scalars
 from tokenclean.report.sections import run_sections, sections
-from tokenclean.report.writing import stem, write_csv
+from tokenclean.report.writing import percent, stem, write_csv
 
 
 @dataclass
@@ -172,6 +177,12 @@ def column(found: Table, name: str) -> list[Any]:
     return [row[found.header.index(name)] for row in found.rows]
 
 
+def in_file(folder: Path, found: Table, name: str) -> list[str]:
+    """A column of a table's CSV, which may hold more than the page."""
+    with (folder / "tables" / f"{found.name}.csv").open(encoding="utf-8", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
 def words(found: list[Section], key: str) -> str:
     return " ".join(next(s for s in found if s.key == key).text)
 
@@ -190,15 +201,20 @@ def test_a_self_evolving_arm(tmp_path: Path, named: Path) -> None:
     assert column(totals, "tokens") == [12, 8, 4]
     assert column(totals, "kept") == [6, 4, 2]
     assert column(totals, "kept share of ends") == [0.0, 0.0, 0.0]
-    assert column(totals, "truncated") == [None] * 3
+    # what says nothing is in the file alone
+    assert {"truncated", "tokens to be unlearnt", "mean weight of kept"}.isdisjoint(totals.header)
+    assert in_file(out, totals, "tokens to be unlearnt") == ["0"] * 3
+    assert in_file(out, totals, "truncated") == [""] * 3
     assert "1 samples with 3 response tokens are those of D_0" in words(found, "totals")
     assert "Rejected lines of the data: not known." in words(found, "totals")
     # residuals of the four samples, 2 - 4 / 2 and 1 - 2 / 2, are all zero
     assert column(totals, "low")[0] == column(totals, "high")[0] == 0.5
 
     cuts = table(found, "evolving-cuts")
-    assert column(cuts, "cut (nats)") == [0.5, 0.75]
-    assert column(cuts, "mean score (nats)") == [pytest.approx(2.75 / 6)] * 2
+    assert column(cuts, "cut") == [0.5, 0.75]  # the unit is said once
+    assert [float(v) for v in in_file(out, cuts, "cut (nats)")] == [0.5, 0.75]
+    assert cuts.notes[-1] == "Losses, scores and cuts are in nats."
+    assert column(cuts, "mean score") == [pytest.approx(2.75 / 6)] * 2
 
     kinds = table(found, "evolving-type")
     assert dict(zip(column(kinds, "type"), column(kinds, "kept"), strict=True)) == {
@@ -216,11 +232,16 @@ def test_a_self_evolving_arm(tmp_path: Path, named: Path) -> None:
 
 def test_the_curve_at_the_arms_own_share_is_its_mask(tmp_path: Path, named: Path) -> None:
     run = self_evolving(tmp_path / "run", named)
-    curve = table(sections(run, run.arm(None), tmp_path / "report"), "evolving-curve")
+    out = tmp_path / "report"
+    curve = table(sections(run, run.arm(None), out), "evolving-curve")
     own = [row for row in curve.rows if row[2] == "*"]
-    assert [row[:2] for row in own] == [["round 1", 0.5], ["round 2", 0.5], ["all steps", 0.5]]
-    assert [row[3] for row in own] == [0.5, 0.5, None]
-    assert [row[4] for row in own] == [3, 3, 6]
+    assert [row[:2] for row in own] == [["all steps", 0.5], ["round 1", 0.5], ["round 2", 0.5]]
+    assert [row[3] for row in own] == [None, 0.5, 0.5]
+    assert [row[4] for row in own] == [6, 3, 3]
+    # the page has every second share
+    tenths = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert column(curve, "keep share") == tenths * 3
+    assert len(in_file(out, curve, "keep share")) == 3 * 20
     assert {row[5] for row in own} == {0}
     # the best sixth of six scores is the 2.0 of the second sample
     rows = [row for row in curve.rows if row[0] == "round 1" and row[1] in (0.2, 1.0)]
@@ -280,7 +301,9 @@ def test_everything_is_written_and_again_the_same(tmp_path: Path, named: Path) -
     for shown in tables:
         with (first / "tables" / f"{shown.name}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
-        assert rows[0] == shown.header and len(rows) == len(shown.rows) + 1
+        assert len(rows[0]) >= len(shown.header) and len(rows) > len(shown.rows)
+        assert rows[0][0] == shown.header[0]
+        assert {str(row[0]) for row in shown.rows} <= {row[0].lstrip("'") for row in rows[1:]}
     files = sorted(p.relative_to(first) for p in first.rglob("*.*"))
     assert files == sorted(p.relative_to(second) for p in second.rglob("*.*"))
     assert len(files) == 2 * len(drawings) + len(tables)
@@ -351,7 +374,8 @@ def test_a_rule_that_goes_by_a_number_of_its_own(tmp_path: Path, named: Path) ->
     curve = table(found, "selected-curve")
     half = next(row for row in curve.rows if row[1] == 0.5)
     # -0.5, -1 and -1.5 are the best three of six
-    assert half[2:6] == ["", -1.5, 3, 0]
+    assert "actual" not in curve.header  # no share was asked for
+    assert half[2:5] == [-1.5, 3, 0]
 
 
 def test_halves_are_cut_apart(tmp_path: Path, named: Path) -> None:
@@ -365,7 +389,7 @@ def test_halves_are_cut_apart(tmp_path: Path, named: Path) -> None:
     assert column(table(found, "halved-cuts"), "step") == ["half 1", "half 2"]
     assert column(table(found, "halved-cuts"), "ranked tokens") == [4, 2]
     own = [row for row in table(found, "halved-curve").rows if row[2] == "*"]
-    assert [row[3] for row in own] == [0.5, 2.0, None]
+    assert [row[3] for row in own] == [None, 0.5, 2.0]
 
 
 def test_planted_truth_is_judged(tmp_path: Path, named: Path) -> None:
@@ -448,10 +472,189 @@ def test_results_of_a_run_and_of_benchmarks(tmp_path: Path, named: Path) -> None
     found = run_sections(run, tmp_path / "report")
     accuracy = table(found, "run-accuracy")
     # standard error of 3 of 4: sqrt(0.75 * 0.25 / 4)
-    assert accuracy.rows[0][1:3] == [75.0, pytest.approx(100 * np.sqrt(0.75 * 0.25 / 4))]
+    assert accuracy.rows[0] == ["evolving", "75.0 ± 21.7", "75.0 ± 21.7"]
+    out = tmp_path / "report"
+    error = float(in_file(out, accuracy, "all ±")[0])
+    assert error == pytest.approx(100 * np.sqrt(0.75 * 0.25 / 4))
     assert table(found, "run-validation").rows == [["evolving", 1.25]]
-    assert table(found, "run-benchmarks").rows == [["evolving", 0.5, 0.1]]
+    benchmarks_table = table(found, "run-benchmarks")
+    assert benchmarks_table.rows == [["evolving", "0.500 ± 0.100"]]
+    assert in_file(out, benchmarks_table, "quiz ±") == ["0.1"]
+    arms = dict(zip(table(found, "run-arms").header, table(found, "run-arms").rows[0], strict=True))
+    # the ends of four samples were all dropped; that of D_0 was not ranked
+    assert (arms["response tokens"], arms["ranked tokens"]) == (15, 12)
+    assert (arms["kept share of ends"], arms["samples left with nothing"]) == (0.0, 0)
+    assert (arms["accuracy (%)"], arms["validation loss (nats)"]) == ("75.0 ± 21.7", 1.25)
     assert table(found, "run-noise").rows[0][3:5] == [0.25, 0.5]
     own = table(sections(run, run.arm(None), tmp_path / "report"), "evolving-accuracy")
-    assert column(own, "round 2 (%)") == [75.0, 75.0]
+    assert column(own, "round 2") == ["75.0 ± 21.7"] * 2
     assert round_scalars(run, run.arm(None))[2]["accuracy"] == 0.75
+
+
+def test_samples_left_with_nothing_are_said_of_every_arm(tmp_path: Path, named: Path) -> None:
+    bare = Sample("bare", "c$", "00", [2.5, 1.0], [0.5, 1.0])
+    write_pool(tmp_path / "arms" / "one" / "cleaned", named, [ONE, bare])
+    ended = Sample("ended", "c$", "01", [2.5, 1.0], [0.5, 1.0])
+    write_pool(tmp_path / "arms" / "two" / "cleaned", named, [ONE, ended])
+    arms = table(run_sections(FinishedRun(tmp_path), tmp_path / "report"), "run-arms")
+    assert column(arms, "samples left with nothing") == [1, 0]
+    assert column(arms, "kept share of ends") == [0.0, 0.5]
+    assert not any(name.startswith(("accuracy", "validation")) for name in arms.header)
+
+
+def test_words_of_cuts_and_of_d_0_stand_where_they_are_true(tmp_path: Path, named: Path) -> None:
+    full = {"rule": "full", "scope": "global", "keep": 0.6, "options": {}}
+    own = write_pool(
+        tmp_path / "own", named, [ONE, TWO], cut=None, selection=full, reference=None
+    )  # fmt: skip
+    ranked = write_pool(tmp_path / "ranked", named, [ONE, TWO], rows_seen_by_reference=3)
+    warm = write_pool(tmp_path / "warm", named, [ONE, WARM])
+    said = {}
+    for folder in (own, ranked, warm):
+        run = FinishedRun(folder, str(named))
+        found = sections(run, run.arm(None), tmp_path / "report")
+        rule = dict(table(found, "selected-rule").rows)
+        reasons = table(found, "selected-reasons")
+        seen = rule.get("rows that the reference was trained on")
+        said[folder.name] = reasons.header[2], reasons.notes[0][:4], seen
+    assert said == {
+        "own": ("dropped by the rule", "Reas", None),
+        "ranked": ("below the cut", "Reas", "3, ranked like the others"),
+        "warm": ("below the cut", "Rows", "none of those that were ranked"),
+    }
+
+
+def test_an_arm_that_keeps_everything_is_told_in_sentences(tmp_path: Path, named: Path) -> None:
+    samples = [Sample("one", "a" * 30 + ".", "1" * 31, truth=[1] * 30 + [0])]
+    selection = {"rule": "full", "scope": "global", "keep": 0.6, "options": {}}
+    folder = write_pool(tmp_path / "pool", named, samples, cut=None, selection=selection)
+    run = FinishedRun(folder, str(named))
+    found = sections(run, run.arm(None), tmp_path / "report")
+    assert {t.name.removeprefix("selected-") for s in found for t in s.tables} == {
+        "rule", "cuts", "sources", "truth",
+    }  # fmt: skip
+    assert not [d for s in found for d in s.drawings]
+    assert "Every token is kept" in words(found, "where") and "every one" in words(found, "tokens")
+    judged = table(found, "selected-truth")
+    assert column(judged, "source") == ["all", "all"]
+    assert column(judged, "precision of the mask")[0] == pytest.approx(30 / 31)
+
+
+def test_lists_of_tokens_are_short_and_none_is_empty(tmp_path: Path, named: Path) -> None:
+    letters = "abcdefghijklmnopqr"  # 18 of them, each kept every other time
+    sample = Sample("one", letters * 20, ("1" * 18 + "0" * 18) * 10)
+    folder = write_pool(tmp_path / "pool", named, [sample])
+    run, out = FinishedRun(folder, str(named)), tmp_path / "report"
+    found = sections(run, run.arm(None), out)
+    names = [t.name for s in found if s.key == "tokens" for t in s.tables]
+    assert names == ["selected-most-kept", "selected-most-dropped"]  # none is far from the others
+    kept = table(found, "selected-most-kept")
+    assert len(kept.rows) == 15 and len(in_file(out, kept, "token")) == 18
+    assert "The first 15; the file has 18." in kept.notes
+    assert "Of the 18 that occur at least 20 times, 0 are never kept and 0 always." in words(
+        found, "tokens"
+    )
+
+
+def test_every_line_that_was_read_is_accounted_for(tmp_path: Path, named: Path) -> None:
+    folder = tmp_path / "run"
+    write_pool(folder / "cleaned", named, [ONE, TWO], pool="f-t-train-0.1-0")
+    place = tmp_path / "cache" / "pools" / "f-t-0.1-0-skip"
+    counts = {"samples": 1, "without_response": 2, "truncated": 1}
+    for name, more in (("train", {"b": counts}), ("validation", {})):
+        manifest = {
+            "fingerprint": f"f-t-{name}-0.1-0",
+            "rejected": {"x.jsonl": 5},
+            "statistics": {"a": counts} | more,
+        }
+        (place / name).mkdir(parents=True)
+        write_json(place / name / "manifest.json", manifest)
+    config = {"data": {"cache_dir": str(tmp_path / "cache")}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    run = FinishedRun(folder, str(named))
+    found = sections(run, run.arm(None), tmp_path / "report")
+    assert words(found, "totals") == (
+        "Lines read: 14 = 2 samples of the pool + 4 that were left out for want of a response + "
+        "5 rejected (x.jsonl: 5) + 3 held out for validation."
+    )
+    assert column(table(found, "selected-sources"), "truncated") == [2, 1, 1]
+
+
+def test_masks_of_other_rows_are_said_to_be(tmp_path: Path, named: Path) -> None:
+    mask = {"kept": 2, "informative": 2, "corrupted": 1, "auroc": None, "auroc_corrupted": None,
+            "precision": 0.5, "recall": 1.0, "corrupted_kept": 1.0}  # fmt: skip
+    for tokens, said in ((4, False), (3, True)):
+        folder = tmp_path / str(tokens)
+        write_pool(folder / "arms" / "full" / "cleaned", named, [ONE])
+        results = [
+            {"name": name, "kept_share": 1.0, "accuracy": {}, "validation_nll": {},
+             "mask": {"all": mask | {"tokens": n}}}
+            for name, n in (("full", 4), ("restart", tokens))
+        ]  # fmt: skip
+        write_json(folder / "results.json", results)
+        masks = table(run_sections(FinishedRun(folder), tmp_path / "report"), "run-masks")
+        assert column(masks, "tokens judged") == [4, tokens]
+        assert any("can have two precisions" in note for note in masks.notes) == said
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (("1110", "1111"), "gains: a; not resolved: 1 of 2 sources."),
+        (("1000", "0000"), "loses: a; not resolved: 1 of 2 sources."),
+        (("1000", "1100"), "no source's kept share changed by more than its 95 % interval"),
+    ],
+)
+def test_who_gains_is_a_sentence_first(
+    tmp_path: Path, named: Path, second: tuple[str, str], said: str
+) -> None:
+    first, facts = ("1000", "1100"), {"cut": 0.5, "reference": "r"}
+    # two rounds of forty samples each; only what is kept of a's changes
+    samples = [
+        Sample(f"{source}{t}{i}", "abcd", kept, [1.0] * 4, [0.5] * 4, source, t)
+        for t, of_a in ((1, first), (2, second))
+        for source, masks in (("a", of_a), ("b", first))
+        for i, kept in enumerate(masks * 10)
+    ]
+    write_pool(
+        tmp_path / "run" / "arms" / "evolving" / "cleaned", named, samples, cut=None,
+        schedule="self_evolving", rounds=[{"ranked_tokens": 0, "kept_tokens": 0}, facts, facts],
+    )  # fmt: skip
+    run = FinishedRun(tmp_path / "run", str(named))
+    found = sections(run, run.arm(None), tmp_path / "report")
+    assert said in words(found, "rounds")
+    families = table(found, "evolving-families")
+    assert families.header[2:4] == ["kept share, round 1", "kept share, round 2"]
+    kept = sum(mask.count("1") for mask in second) / 8
+    assert families.rows[0][2:5] == [0.375, kept, kept - 0.375]
+
+
+def test_a_source_has_its_colour_in_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+
+    def colours(labels: list[str]) -> dict[str, Any]:
+        series = [plots.Series(label, [0.0, 1.0], [0.0, 1.0]) for label in labels]
+        plots.draw_series(
+            tmp_path / "x.png", [plots.Panel("", "", "", series)], 1, list("abcdefgh")
+        )
+        lines = drawn[-1].axes[0].get_lines()
+        return dict(zip(labels, (line.get_color() for line in lines), strict=True))
+
+    one, other = colours(list("abcdefgh")), colours(["all", "c", "h"])
+    assert len(set(one.values())) == 8
+    assert {"c": one["c"], "h": one["h"], "all": "#000000"} == other
+
+
+def test_no_line_is_drawn_across_what_was_not_evaluated() -> None:
+    found = {t: Accuracy(1, 2) for t in (0, 1, 4)}
+    series = _broken("all", found)
+    assert [x for x in series.x if not math.isnan(x)] == [0, 1, 4]
+    assert [math.isnan(y) for y in series.y] == [False, False, True, False]
+
+
+def test_small_shares_are_written_without_an_exponent() -> None:
+    shares = [0.0, 8.466970348669839e-06, 0.1, 0.274, 1.0]
+    assert [percent(share) for share in shares] == ["0 %", "0.00085 %", "10 %", "27 %", "100 %"]

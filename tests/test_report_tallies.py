@@ -113,6 +113,13 @@ def test_wilson_bounds() -> None:
     assert high == pytest.approx([0.9433, 0.2775], abs=5e-5)
 
 
+def test_wilson_bounds_end_where_shares_do() -> None:
+    tokens = np.arange(1, 3000)
+    none, all_kept = wilson(np.zeros_like(tokens), tokens), wilson(tokens, tokens)
+    assert (none[0] == 0.0).all() and (all_kept[1] == 1.0).all()
+    assert (none[1] < 1.0).all() and (all_kept[0] > 0.0).all()
+
+
 # -- kinds of tokens ------------------------------------------------------------------------------
 
 
@@ -207,7 +214,18 @@ def test_fenced_spans(text: str, code: list[str]) -> None:
 
 def test_what_steers_a_display_is_written_out() -> None:
     assert visible(" a\n\t\r") == "␣a↵⇥␍"
-    assert visible("\u202ea\x1b\u00a0") == "\\u{202e}a\\u{1b}\\u{a0}"
+    assert visible("\u202ea\x1b\u00a0") == "⟨U+202E⟩a⟨U+001B⟩⟨U+00A0⟩"
+
+
+def test_bytes_that_are_no_character_are_told_apart() -> None:
+    tokenizer = byte_level_tokenizer(bos=False)
+    vocabulary = Vocabulary(tokenizer)
+    ids = tokenizer.encode(" é", add_special_tokens=False)
+    assert "\ufffd" in {vocabulary.text(i) for i in ids}
+    assert "".join(vocabulary.shown(i) for i in ids) == "␣\\xc3\\xa9"  # its two bytes in UTF-8
+    fallback = sentencepiece_tokenizer()
+    found = [i for t, i in fallback.get_vocab().items() if t in ("<0xE2>", "<0x82>")]
+    assert {Vocabulary(fallback).shown(i) for i in found} == {"\\xe2", "\\x82"}
 
 
 # -- tallies --------------------------------------------------------------------------------------
@@ -258,6 +276,19 @@ def test_a_tally_keeps_apart_what_was_not_ranked() -> None:
     assert [turn.share(i).kept for i in range(2)] == [3, 2]
     assert tally.ids[[2, 9, 5, 7]].tolist() == [1, 4, 1, 2]
     assert tally.ids_kept[[2, 9, 5, 7]].tolist() == [1, 2, 1, 1]
+
+
+def test_the_reach_around_a_value_holds_about_so_many_tokens() -> None:
+    # 10,000 tokens evenly between 1 and 2: 100 of them lie within 0.005 of any value there
+    score = 1.0 + (np.arange(10_000) + 0.5) / 10_000
+    ids = np.ones(len(score), dtype=np.int32)
+    tally = Tally(eos_id=0, by="score")
+    block = make_block([{"ids": ids, "response": ids}], score=score)
+    tally.add(Ranked(block, np.ones(1, dtype=np.int64)))
+    assert tally.reach("by", 1.53, 100) == pytest.approx(0.005, rel=0.02)
+    assert tally.reach("by", 1.53, 4000) == pytest.approx(0.2, rel=0.1)  # more than one bin's
+    assert tally.reach("by", 1.53, 50_000) == 0.0  # more than there are
+    assert tally.keeps_all
 
 
 def test_quantiles_leave_no_more_than_asked_beyond() -> None:

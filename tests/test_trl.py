@@ -13,9 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts import check_trl
-from scripts.trl_probe import NO_LOSS, SETTINGS, Found, Row, Setting, probe
+from scripts.trl_probe import LONGEST, NO_LOSS, SETTINGS, Found, Row, Setting, probe
 from tokenclean.export.content import Labelled
 from tokenclean.export.formats import write_trl
+from tokenclean.export.loading import trl
 
 EOS = 1
 #: Ids other than EOS occur once, so every place of a packed batch is known.
@@ -56,6 +57,19 @@ def test_the_pinned_version_trains_on_what_was_kept(tmp_path: Path) -> None:
         assert [one.error for one in found] == [""] * len(settings)
         assert [(one.ours, one.trained) for one in found] == [(OURS, OURS)] * len(settings)
         assert all(one.equal and one.context < 1e-4 for one in found)
+
+
+def test_the_card_shows_the_settings_that_are_tried() -> None:
+    text = trl(57, '"owner/model"').text
+    for setting in SETTINGS:
+        if setting.recommended:
+            options = {k: 57 if v == LONGEST else v for k, v in setting.options.items()}
+            shown = ", ".join(
+                f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in options.items()
+            )
+            assert f"* `{shown}`" in text
+    assert 'Not so `packing_strategy="wrapped"`' in text
+    assert '\nbase = "owner/model"\n' in text
 
 
 def test_what_goes_wrong_is_seen(tmp_path: Path) -> None:
@@ -136,7 +150,25 @@ def test_the_script_fails_where_a_recommended_setting_does(
 
     monkeypatch.setattr(check_trl, "environment", lambda version, work: Path(version))
     monkeypatch.setattr(subprocess, "run", run)
-    assert check_trl.main(["--work", str(tmp_path), "--versions", "0.24.0"]) == 0
+    monkeypatch.setattr(check_trl, "newest", lambda: "0.24.0")
+    assert check_trl.main(["--work", str(tmp_path), "--versions", "0.24.0", "newest"]) == 0
+    # asked for twice, tried once
+    assert capsys.readouterr().out.count("## trl 0,") == 1
     assert check_trl.main(["--work", str(tmp_path), "--versions", "0.24.0", "1.6.0"]) == 1
     printed = capsys.readouterr().out
     assert "1.6.0: export/train.jsonl: one" in printed and "**NO** (recommended)" in printed
+
+
+def test_the_newest_version_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, which names its environment: a later one gets another."""
+    answer = subprocess.CompletedProcess([], 0, "trl (1.20.3)\nAvailable versions: 1.20.3, 1.9.0\n")
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:] == ["-m", "pip", "index", "versions", "trl"]
+        return answer
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert check_trl.newest() == "1.20.3"
+    answer = subprocess.CompletedProcess([], 1, "", "ERROR: no matching\n")
+    with pytest.raises(RuntimeError, match=r"name one with --versions: ERROR: no matching"):
+        check_trl.newest()

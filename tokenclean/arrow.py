@@ -30,7 +30,11 @@ BLOCK_VALUES = 1 << 17
 
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` only if the block finishes."""
+    """A folder to write into that becomes ``path`` only if the block finishes.
+
+    Where ``path`` is a link, what it points to is replaced and the link stays.
+    """
+    path = path.resolve()
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -44,10 +48,10 @@ def complete_folder(path: Path) -> Iterator[Path]:
     try:
         partial.rename(path)
     except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        # Or else another process has finished the same folder meanwhile.
         if not (path / MANIFEST).is_file():
             raise
-        # Another process has finished the same folder meanwhile.
-        shutil.rmtree(partial)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import sys
 import time
@@ -87,8 +88,9 @@ set_parsing_settings(
 #: folder of a run of `score`, beside its table
 PROBE = "probe"
 
-#: Options of `score` that take losses from elsewhere.
+#: Options of `score` that take losses from elsewhere, and the one that notes what the files hold.
 _IMPORT = ("logprobs", "logprobs_model", "logprobs_trained_on")
+_IMPORTED = "logprobs_content"
 _USAGE = "%(prog)s [-c CONFIG.yaml ...] [--option value ...]"
 _ON_GPU = torch.cuda.is_available()
 _TRAINING_PRECISION = "bf16-mixed" if _ON_GPU else "32-true"
@@ -160,6 +162,12 @@ class _Cli(LightningCLI):
                 help="file of the ids of samples that this model was trained on: a JSON list, or "
                 "one per line",
             )
+            parser.add_argument(
+                f"--{_IMPORTED}",
+                type=str | None,
+                help="hash of what these files hold, which the run notes; files that hold "
+                "something else are refused",
+            )
         if self.verb == "clean":
             parser.add_class_arguments(SelectionConfig, "selection")
             parser.add_class_arguments(LoopConfig, "loop")
@@ -169,9 +177,11 @@ class _Cli(LightningCLI):
         _check_arms([str(file) for file in self.config.get("config") or []])
         self.plain = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
         self.estimate = self.plain.pop("estimate")
-        for option in _IMPORT:  # runs without them are the ones they have always been
+        for option in (*_IMPORT, _IMPORTED):  # runs without them are the ones they have always been
             if self.plain.get(option) is None:
                 self.plain.pop(option, None)
+        if "logprobs" in self.plain:
+            _note_content(self.plain)
         self.folder = _folder(self.config, self.plain, self.verb)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -334,17 +344,32 @@ def score(argv: list[str]) -> None:
             )
 
 
+def _note_content(plain: dict[str, Any]) -> None:
+    """Make what the files hold part of the run: others under the same names are another run."""
+    digests = []
+    check_file(Path(plain["logprobs"]))
+    for option in ("logprobs", "logprobs_trained_on"):
+        if (name := plain.get(option)) is None:
+            continue
+        if not Path(name).is_file():
+            raise ValueError(f"--{option}: {name} does not exist")
+        with Path(name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    content = "-".join(digests)
+    if plain.setdefault(_IMPORTED, content) != content:
+        raise ValueError(
+            f"--{_IMPORTED}: the files of --logprobs hold {content}, not {plain[_IMPORTED]}; leave "
+            "it out to take them as they are"
+        )
+
+
 def _check_import(cli: _Cli, module: ScoringModule) -> None:
     """Refuse what does not go with losses from elsewhere, before anything is read."""
-    given = [option for option in _IMPORT if option in cli.plain]
+    given = [option for option in (*_IMPORT, _IMPORTED) if option in cli.plain]
     if not given:
         return
     if "logprobs" not in given:
         raise ValueError(f"--{given[0]}: it goes with --logprobs, which is not given")
-    check_file(Path(cli.plain["logprobs"]))
-    trained_on = cli.plain.get("logprobs_trained_on")
-    if trained_on is not None and not Path(trained_on).is_file():
-        raise ValueError(f"--logprobs_trained_on: {trained_on} does not exist")
     wrong = {
         "--estimate": cli.estimate,
         "--probe": cli.plain["probe"],
@@ -637,6 +662,11 @@ def _probe(path: str, option: str) -> Probe:
     for folder in (Path(path) / PROBE, Path(path).parent / PROBE):
         if (folder / MANIFEST).is_file():
             return Probe.read(folder)
+    if _score_table(path, option).manifest.get("imported"):
+        raise ValueError(
+            f"selection.keep: auto needs a probe of --{option}, and {path} was made from "
+            "log-probabilities computed elsewhere, which have none; give a number"
+        )
     raise ValueError(
         f"selection.keep: auto needs a probe of --{option}, and {path} has none; score it with "
         "--probe true (both models, with the same data.subset), or give a number"

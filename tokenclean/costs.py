@@ -234,7 +234,7 @@ def charge_training(
     work = Work.of_steps(rows.lengths, rows.counts, data.batch_size, data.seed, steps, per_epoch)
     cost.add(_of(cost, work, training_flops(shape, work, lora)))
     if data.validation is not None:
-        passes = [TokenRows(data.validation)] * validation_passes(trainer, steps // per_epoch)
+        passes = [data.validated_rows()] * validation_passes(trainer, steps // per_epoch)
         charge_scoring(cost, shape, *passes)
 
 

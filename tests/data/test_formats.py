@@ -264,6 +264,27 @@ def test_paths_are_read_in_the_order_given(tmp_path: Path) -> None:
     assert reader.files() == [z, a]
 
 
+def test_the_same_rows_twice_in_a_folder_are_refused(tmp_path: Path) -> None:
+    """As JSONL and as Parquet, where each is often a copy of the other."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows: list[dict[str, Any]] = [conversation("q", f"r{i}") for i in range(3)]
+    rows[0]["source"] = "s"  # null in the other rows of the table
+    write_jsonl(folder / "a.jsonl", rows)
+    write_jsonl(folder / "a.more.jsonl", rows[:1])  # another name, between the two
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
+    words = rf"^data\.path: {folder / 'a.jsonl'} and a\.parquet hold the same rows"
+    with pytest.raises(ValueError, match=words):
+        Reader([str(folder)]).check()
+    with pytest.raises(ValueError, match=words):
+        list(Reader([str(folder)]))
+    assert len(samples(folder / "a.jsonl", folder / "a.parquet")) == 6  # if that is asked for
+    for others in ([*rows[:2], conversation("q", "x")], rows[:2]):
+        pq.write_table(pa.Table.from_pylist(others), folder / "a.parquet")
+        Reader([str(folder)]).check()
+        assert len(samples(folder)) == 3 + 1 + len(others)
+
+
 def test_an_unknown_split_of_a_folder_is_named(tmp_path: Path) -> None:
     folder = as_dataset_dict(tmp_path, [conversation("q", "r")] * 2)
     assert len(samples(folder, split="test")) == 1

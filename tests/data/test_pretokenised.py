@@ -25,9 +25,10 @@ from conftest import (
 
 from tokenclean import cli
 from tokenclean.arrow import MANIFEST
+from tokenclean.commands import fit_costs
 from tokenclean.data.cleaned import DATA, cleaned_schema, write_cleaned_pool
 from tokenclean.data.datamodule import TuluDataModule
-from tokenclean.data.formats import Reader
+from tokenclean.data.formats import BadLine, Reader
 from tokenclean.data.pool import BadData, TokenPool, build_pool, open_pool
 from tokenclean.data.pretokenised import BadRow, read_tokens
 from tokenclean.data.rows import TokenRows
@@ -145,6 +146,9 @@ def test_padding_at_the_end_is_cut() -> None:
             "the weight of token 1, which has a label",
         ),
         ({"labels": [NO, 2, 3], "weight": [1, float("inf"), 1]}, "the weight of token 1"),
+        ({"labels": [NO, 2, 3], "weight": [1, 1e300, 1]}, "the weight of token 1, which"),
+        ({"labels": [NO, 2, 3], "weight": [1, 10**400, 1]}, "`weight` holds too large a number"),
+        ({"labels": [NO, "x" * 99, 3]}, "`labels` holds '" + "x" * 76 + "... at token 1"),
         ({"labels": [NO, 2, 3], "weight": [1, "1", 1]}, "`weight` holds something that is no"),
         ({"labels": [NO, 2, 3], "truth": [0, 1]}, "`truth` has 2 entries for 3 tokens"),
         ({"labels": [NO, 2, 3], "truth": [0, 1, 5]}, "`truth` is 5, not -1, 0 or 1"),
@@ -263,6 +267,99 @@ def test_tokens_and_conversations_do_not_mix(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "b.jsonl", [conversation("q", "r")])
     with pytest.raises(BadData, match=r"'b-1': either every sample of a pool comes as tokens or"):
         build(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_conversation_goes_before_tokens_of_nobody_knows_whom(tmp_path: Path) -> None:
+    talk, tokens = conversation("ab", "cd"), tokens_row("ab", "cd", "x ")
+    text = {"text": "abcd", "responses": [[2, 4]], "spans": []}
+    nothing = {"input_ids": None, "labels": None, "text": None}
+    for row, shape in (
+        ({**talk, **nothing}, "messages"),
+        ({**talk, **tokens}, "messages"),
+        ({**talk, **text}, "messages"),
+        ({"prompt": "ab", "completion": "cd", **tokens}, "prompt/completion"),
+        ({**tokens, "messages": None, "text": None}, "tokens"),
+        ({**tokens, "prompt": "ab"}, "tokens"),
+        ({**text, "messages": None, "input_ids": None, "labels": None}, "text/spans"),
+    ):
+        path = write_jsonl(tmp_path / "f.jsonl", [row])
+        reader = Reader([str(path)])
+        (sample,) = reader
+        assert reader.shapes == {str(path): shape}
+        assert hasattr(sample, "messages") == (shape in ("messages", "prompt/completion"))
+    # an export says whose they are
+    path = write_jsonl(tmp_path / "f.jsonl", [{**talk, **tokens}])
+    card(tmp_path, character_tokenizer(), format="jsonl", data=["f.jsonl"])
+    reader = Reader([str(tmp_path)])
+    list(reader)
+    assert reader.shapes == {str(path): "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": None, "input_ids": None, "labels": None}, "`messages` is null"),
+        ({"input_ids": None, "labels": [1]}, "`input_ids` is null"),
+        ({"input_ids": [1], "labels": None}, "none of `labels`"),
+        ({"text": None, "responses": [], "spans": []}, "`text` is null"),
+        ({"input_ids": [1]}, "columns ['input_ids'] match no known shape"),
+        ({"x" * 10**6: 1}, "columns ['" + "x" * 75 + "... match no known shape"),
+    ],
+)
+def test_nulls_are_named(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    (bad,) = Reader([str(write_jsonl(tmp_path / "f.jsonl", [row]))])
+    assert isinstance(bad, BadLine) and bad.reason.startswith(reason)
+
+
+def test_the_validation_loss_is_that_of_the_labels(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what is masked, weightless or to be unlearnt; and so an estimate counts."""
+    tokenizer = byte_level_tokenizer()
+    ids: list[int] = tokenizer("<|user|>\nthe sky\n<|assistant|>\nis blue")["input_ids"]
+    size = len(ids)
+    assert size > 8
+
+    def row(name: str, places: dict[int, float]) -> dict[str, Any]:
+        return {
+            "id": name,
+            "input_ids": ids,
+            "labels": [i if at in places else NO for at, i in enumerate(ids)],
+            "response_mask": [int(at > 2) for at in range(size)],
+            "weight": [places.get(at, 1.0) for at in range(size)],
+        }
+
+    rows = [row("a", {3: 1.0, 5: 0.25, 6: -1.0, 7: 0.0}), row("b", {4: -1.0}), row("c", {4: 2.0})]
+    held = str(write_jsonl(tmp_path / "held.jsonl", rows))
+    data = str(write_jsonl(tmp_path / "data.jsonl", [row("d", {3: 1.0, 4: 0.5}), row("e", {3: 1})]))
+    cache = str(tmp_path / "cache")
+    module = TuluDataModule(data, validation_path=held, cache_dir=cache)
+    module.use_tokenizer(tokenizer)
+    module.prepare_data()
+    module.setup("fit")
+    batches = list(module.val_dataloader())
+    assert sum(len(batch.targets) for batch in batches) == 3
+    assert sorted(row for batch in batches for row in batch.rows) == [0, 2]
+    sample = module.validated_rows()[0]
+    assert sample.positions.tolist() == [3, 5] and sample.length == 5
+    assert module.validated_rows().lengths.tolist()[1] == 0
+    # two labels and one, and once through the three of the validation pool
+    options = ["--model.base.name", str(model_folder), "--data.path", data]
+    options += ["--data.validation_path", held, "--data.cache_dir", cache]
+    options += ["--outputs", str(tmp_path / "out"), "--trainer.accelerator", "cpu"]
+    monkeypatch.setattr("tokenclean.plan.matmul_rate", lambda *_: 1e9)
+    costs = fit_costs([*options, "--trainer.max_epochs", "1"])
+    (train,) = [cost for cost in costs if cost.stage == "train"]
+    assert train.targets == 3 + 3
+    assert train.samples == 2 + 2
+    nothing = str(write_jsonl(tmp_path / "nothing.jsonl", rows[1:2]))
+    module = TuluDataModule(data, validation_path=nothing, cache_dir=cache)
+    module.use_tokenizer(tokenizer)
+    module.prepare_data()
+    with pytest.raises(
+        ValueError, match=r"^data\.validation_path: no label of .*nothing\.jsonl has"
+    ):
+        module.setup("fit")
 
 
 def test_a_pad_token_of_its_own_is_no_id_of_a_text(tmp_path: Path) -> None:
@@ -545,6 +642,9 @@ def test_another_tokenizers_tokens_are_refused(cleaned: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match="was tokenised by another tokenizer"):
             module.use_tokenizer(character_tokenizer())
+    # a cleaned pool's file, whose manifest says whose it is
+    with pytest.raises(ValueError, match=rf"{cleaned} .*fingerprint {made}.*\({now}\)"):
+        TuluDataModule(str(cleaned / DATA)).use_tokenizer(character_tokenizer())
 
 
 def test_exports_that_are_no_data(
@@ -555,8 +655,17 @@ def test_exports_that_are_no_data(
         ({"format": "jsonl", "version": 2}, "version 2 of its layout, and this one reads version"),
         ({"format": "jsonl", "data": ["gone.jsonl"]}, "gone.jsonl, which .* names, does not exist"),
         ({"format": "jsonl", "data": []}, "names no data"),
+        ({"format": "jsonl", "data": ["../pool.jsonl"]}, r"data is \['../pool.jsonl'\], no"),
+        ({"format": "jsonl", "data": [str(tmp_path / "pool.jsonl")]}, "no list of files in its"),
+        ({"format": "jsonl", "data": "samples.jsonl"}, "data is 'samples.jsonl', no list of files"),
+        ({"format": "jsonl", "data": 5}, "data is 5, no list of files in its folder"),
+        ({"format": "jsonl", "data": [5]}, r"data is \[5\], no list of files in its folder"),
+        ({"format": "jsonl", "data": ["."]}, "no list of files in its folder"),
+        ({"format": "jsonl", "data": ["sub"]}, "sub, which .* names, does not exist"),
+        ({"format": "spans", "eos": 5, "data": ["x"]}, r"tokenclean\.json: eos is 5, not text"),
     ):
         (folder := tmp_path / "wrong").mkdir(exist_ok=True)
+        (folder / "sub").mkdir(exist_ok=True)
         card(folder, byte_level_tokenizer(), **facts)
         with pytest.raises(ValueError, match=words):
             TuluDataModule(str(folder))
@@ -595,13 +704,24 @@ def test_arrays_that_do_not_go_together(cleaned: Path, tmp_path: Path) -> None:
     mask.write_bytes(whole)
     bounds = folder / "token_ids_part_0001.csv.gz"
     for text, words in (
-        (f"0,5\n5,{len(whole) + 1}\n", rf"csv\.gz:2: 5,{len(whole) + 1} lies outside"),
+        (f"0,5\n5,{len(whole) + 1}\n", rf"csv\.gz:2: '5,{len(whole) + 1}' lies outside"),
         ("0,5\n5\n", r"csv\.gz:2: '5' is not `start,end`"),
-        ("5,5\n", r"csv\.gz:1: 5,5 lies outside"),
+        ("5,5\n", r"csv\.gz:1: '5,5' lies outside"),
     ):
         bounds.write_bytes(gzip.compress(text.encode()))
         with pytest.raises(ValueError, match=words):
             opened(folder, tmp_path)
+    for broken in (gzip.compress(b"0,5\n" * 99)[:-9], b"0,5\n", gzip.compress(b"\xff,5\n")):
+        bounds.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{bounds} is no whole gzip file of text"):
+            opened(folder, tmp_path)
+    description = folder / "tokenclean.json"
+    before = description.read_text()
+    for dtype in ("object", "float32", 2, ["uint16"]):
+        description.write_text(json.dumps({**json.loads(before), "dtype": dtype}))
+        with pytest.raises(ValueError, match=r"tokenclean\.json: dtype is .*, not one of uint16, "):
+            opened(folder, tmp_path)
+    description.write_text(before)
     bounds.unlink()
     with pytest.raises(ValueError, match=r"0001\.csv\.gz, which belongs to .* does not exist"):
         opened(folder, tmp_path)
@@ -630,7 +750,7 @@ def spanned(text: str, kept: str, tokenizer: Any, **facts: Any) -> list[tuple[st
             for a, b in runs
         ],
     }
-    tokens = encode_spans(read_spans(row, facts or None), tokenizer)
+    tokens = encode_spans(read_spans(row, facts or None), Tokeniser(tokenizer))
     marks = np.full(len(tokens.input_ids), " ")
     marks[tokens.response_mask] = "o"
     marks[tokens.labels != NO] = "x"
@@ -689,7 +809,7 @@ def test_the_exporters_tokenizer_gives_its_tokens_back(
             for p in places
         ]
         row = {"text": rendered.text, "responses": [list(r) for r in rendered.responses]}
-        got = encode_spans(read_spans({**row, "spans": spans}, None), tokenizer)
+        got = encode_spans(read_spans({**row, "spans": spans}, None), Tokeniser(tokenizer))
         assert got.input_ids.tolist() == want.input_ids.tolist()
         assert got.response_mask.tolist() == want.response_mask.tolist()
         assert set(np.flatnonzero(got.labels != NO).tolist()) == kept
@@ -738,12 +858,12 @@ def test_tokens_with_their_own_weights_go_before_spans() -> None:
             "weight": [0.25, 0.75, 1.0, 1.0],
         },
     }
-    tokens = encode_spans(read_spans(row, None), character_tokenizer())
+    tokens = encode_spans(read_spans(row, None), Tokeniser(character_tokenizer()))
     assert tokens.weight.tolist() == [1.0, 0.25, 0.75, 1.0]
     assert (tokens.labels != NO).tolist() == [False, True, True, False]
     assert tokens.response_mask.tolist() == [False, True, True, True]
     del row["tokens"]
-    tokens = encode_spans(read_spans(row, None), character_tokenizer())
+    tokens = encode_spans(read_spans(row, None), Tokeniser(character_tokenizer()))
     assert tokens.weight.tolist() == [1.0, 0.5, 0.5, 0.5]
 
 
@@ -764,6 +884,16 @@ def test_tokens_with_their_own_weights_go_before_spans() -> None:
             {"spans": [{"start": 1, "end": 2, "kept": True, "weight": "x"}]},
             "`spans`: the weight of [1, 2] is 'x'",
         ),
+        (
+            {"spans": [{"start": 1, "end": 2, "kept": True, "weight": 1e300}]},
+            "`spans`: the weight of [1, 2] is 1e+300",
+        ),
+        (
+            {"spans": [{"start": 1, "end": 2, "kept": True, "weight": -(10**400)}]},
+            "`spans`: the weight of [1, 2] is -1000",
+        ),
+        ({"spans": ["x" * 10**6]}, "`spans`: '" + "x" * 76 + "... is not an object with start"),
+        ({"exact": 1}, "`exact` is 1, neither true nor false"),
         ({"tokens": {"start": [1], "end": [2, 3], "kept": [True]}}, "`tokens` is not an object"),
     ],
 )

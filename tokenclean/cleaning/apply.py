@@ -313,8 +313,16 @@ def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> 
         "attributes": tables[0].manifest.get("attributes") if tables[0] is not None else None,
         "seed": seed,
         "rows_seen_by_reference": int(scored.seen.sum()),
-        "reasons": {str(code): text for code, text in (REASONS | config.make().reasons).items()},
+        "reasons": {str(code): text for code, text in _reasons(config).items()},
     }
+
+
+def _reasons(config: SelectionConfig) -> dict[int, str]:
+    """Names of the reason codes that a rule's pool may hold."""
+    rule = config.make()
+    # Rules that decide by themselves have no cut, and most give no reason of their own.
+    own = {} if rule.ranked else {BELOW_CUT: "dropped by the rule"}
+    return REASONS | own | rule.reasons
 
 
 def _mask_file(folder: Path, size: int) -> np.ndarray:

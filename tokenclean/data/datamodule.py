@@ -22,7 +22,7 @@ from tokenclean.data.batches import (
     plan_epoch,
     share_of_rank,
 )
-from tokenclean.data.cleaned import CleanedPool, check_tokenizer, is_cleaned_pool
+from tokenclean.data.cleaned import DATA, CleanedPool, check_tokenizer, is_cleaned_pool
 from tokenclean.data.exports import check_tokenizer as check_exports
 from tokenclean.data.formats import Reader
 from tokenclean.data.pool import (
@@ -87,7 +87,8 @@ class TuluDataModule(LightningDataModule):
             all other tokens but a sample's first. ``fit`` and ``clean`` train on responses alone.
         order: ``shuffle`` (seeded) before the split, or the name of a numeric column: rows with the
             largest values come first, so that D_0 is the best-rated part.
-        validation_path: samples for the validation loss.
+        validation_path: samples for the validation loss, which is that of their labels of positive
+            weight where they come as tokens, else of all response tokens.
         validation_share: share of the pool held out for it instead.
         test_path: planted test set; its informative tokens are the answers that accuracy is
             measured on.
@@ -196,10 +197,15 @@ class TuluDataModule(LightningDataModule):
         """Give the base model's tokenizer; needed before ``prepare_data``.
 
         Raises:
-            ValueError: if data that come as tokens were exported with another one.
+            ValueError: if data that come as tokens were exported with another one, or are a
+                cleaned pool's that another one made.
         """
         extra = [path for path in (self.validation_path, self.test_path) if path]
-        check_exports([*self.paths, *extra], fingerprint_tokenizer(tokenizer))
+        paths = [*self.paths, *extra]
+        check_exports(paths, fingerprint_tokenizer(tokenizer))
+        for path in map(Path, paths):
+            if path.name == DATA and is_cleaned_pool(path.parent):
+                check_tokenizer(path.parent, tokenizer)
         self._tokeniser = Tokeniser(tokenizer, self.template, self.max_length)
         if tokenizer.pad_token_id is not None:
             self.pad_id = tokenizer.pad_token_id
@@ -253,6 +259,11 @@ class TuluDataModule(LightningDataModule):
                 self.validation = open_pool(folder / "validation")
         if self.validation_path:
             self.validation = self._extra_pool(self.validation_path)
+        if self.validation is not None and not self.validated_rows().counts.any():
+            raise ValueError(
+                f"data.validation_path: no label of {self.validation_path or self.paths[0]} has a "
+                "positive weight, so there is no loss to measure"
+            )
         if self.test_path:
             self.test = self._extra_pool(self.test_path)
 
@@ -313,7 +324,7 @@ class TuluDataModule(LightningDataModule):
     def val_dataloader(self) -> Any:
         if self.validation is None:
             return []
-        return self.scoring_loader(TokenRows(self.validation))
+        return self.scoring_loader(self.validated_rows())
 
     def predict_dataloader(self) -> DataLoader:
         return self.scoring_loader(self.scored_rows())
@@ -321,6 +332,17 @@ class TuluDataModule(LightningDataModule):
     def trained_rows(self) -> TokenRows:
         """What `fit` trains on: labels where the data have their own, else every response token."""
         return TokenRows(self.table, self.chosen_rows(), labels=True)
+
+    def validated_rows(self) -> TokenRows:
+        """What the validation loss is of: labels of positive weight where the data have their own,
+        else every response token.
+
+        Raises:
+            ValueError: if there are no validation data.
+        """
+        if self.validation is None:
+            raise ValueError("data.validation_path: give it or data.validation_share")
+        return TokenRows(self.validation, labels=True).learnt()
 
     def scored_rows(self) -> TokenRows:
         """What ``score`` scores: the targets of the chosen rows of the pool."""

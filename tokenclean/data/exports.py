@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+
+from tokenclean.data.pretokenised import SHOWN, shown
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +22,17 @@ CARD = "tokenclean.json"
 VERSION = 1
 #: Formats without a tokenizer's ids.
 TEXT_FORMATS = ("spans",)
-_MODELS = ("adapter", "merged")
+#: Formats that are models.
+MODELS = ("adapter", "merged")
+#: What token ids of the OLMo-core format may be stored as.
+DTYPES = ("uint16", "uint32")
 
 
 def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The export that a folder is, or that a file belongs to: its folder and its description.
 
     Raises:
-        ValueError: if it holds no samples, or was written by a later version.
+        ValueError: if it holds no samples, was written by a later version, or makes no sense.
     """
     folder = next((p for p in (path, path.parent) if (p / CARD).is_file()), None)
     if folder is None:
@@ -37,7 +43,7 @@ def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
         raise ValueError(f"data.path: {folder / CARD} is not JSON: {error}") from error
     if not isinstance(card, dict) or card.get("kind") != "export":
         return None
-    if card.get("format") in _MODELS:
+    if card.get("format") in MODELS:
         raise ValueError(
             f"data.path: {folder} holds a model; name it with model.base.name or model.adapters"
         )
@@ -46,6 +52,8 @@ def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
             f"data.path: {folder} was written in version {card['version']} of its layout, and "
             f"this one reads version {VERSION}; install a newer tokenclean"
         )
+    if not isinstance(card.get("eos", ""), str | None):
+        raise ValueError(f"data.path: {folder / CARD}: eos is {shown(card['eos'])}, not text")
     return folder, card
 
 
@@ -56,18 +64,35 @@ def exported_files(path: Path) -> list[Path] | None:
         Files or folders; None if the path is no export's folder.
 
     Raises:
-        ValueError: if one is not there.
+        ValueError: if one is not there, or lies elsewhere.
     """
     found = export_of(path) if path.is_dir() else None
     if found is None or found[0] != path:
         return None
-    files = [path / str(name) for name in found[1].get("data") or []]
-    if not files:
+    names = found[1].get("data") or []
+    if not names:
         raise ValueError(f"data.path: {path / CARD} names no data; export the run again")
+    if not isinstance(names, list) or not all(map(_is_inside, names)):
+        raise ValueError(
+            f"data.path: {path / CARD}: data is {shown(names)}, no list of files in its folder"
+        )
+    files = [path / name for name in names]
     for file in files:
-        if not file.exists():
+        # a folder is what `datasets` saved
+        if not file.is_file() and not (file / "state.json").is_file():
             raise ValueError(f"data.path: {file}, which {path / CARD} names, does not exist")
     return files
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name leads to something in the folder that it is relative to.
+
+    Links are followed: the hub's cache keeps every file behind one.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def reading_of(path: Path) -> str:
@@ -75,7 +100,8 @@ def reading_of(path: Path) -> str:
     found = export_of(path) if path.exists() else None
     if found is None:
         return ""
-    return repr([found[1].get(key) for key in ("eos", "add_special_tokens", "dtype")])
+    keys = ("eos", "add_special_tokens", "dtype", "template", "tokenizer")
+    return repr([found[1].get(key) for key in keys])
 
 
 def check_tokenizer(paths: list[str], fingerprint: str) -> None:
@@ -118,7 +144,7 @@ def token_array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     The arrays have no header: what they hold, the export's description says.
 
     Raises:
-        ValueError: if there is none, or the files do not go together.
+        ValueError: if there is none, or the files do not go together or cannot be read.
     """
     found = export_of(path)
     if found is None or not found[1].get("dtype"):
@@ -129,6 +155,11 @@ def token_array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for file in (mask_file, bounds):
         if not file.is_file():
             raise ValueError(f"data.path: {file}, which belongs to {path}, does not exist")
+    if found[1]["dtype"] not in DTYPES:
+        raise ValueError(
+            f"data.path: {found[0] / CARD}: dtype is {shown(found[1]['dtype'])}, not one of "
+            f"{', '.join(DTYPES)}"
+        )
     dtype = np.dtype(found[1]["dtype"]).newbyteorder("<")
     if path.stat().st_size != mask_file.stat().st_size * dtype.itemsize:
         raise ValueError(
@@ -138,24 +169,30 @@ def token_array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.stat().st_size == 0:
         return
     tokens, mask = np.memmap(path, dtype, "r"), np.memmap(mask_file, np.uint8, "r")
-    with gzip.open(bounds, "rt", encoding="ascii") as lines:
-        for number, line in enumerate(lines, start=1):
-            start, _, end = line.strip().partition(",")
-            try:
+    for number, document in enumerate(_documents(bounds, len(tokens)), start=1):
+        yield (
+            number,
+            {
+                "input_ids": np.asarray(tokens[document]),
+                "assistant_masks": np.asarray(mask[document]),
+            },
+        )
+
+
+def _documents(bounds: Path, size: int) -> Iterator[slice]:
+    """Where the documents of an array of so many tokens lie."""
+    try:
+        with gzip.open(bounds, "rt", encoding="ascii") as lines:
+            for number, line in enumerate(lines, start=1):
+                start, _, end = line.strip().partition(",")
+                where = f"data.path: {bounds}:{number}: {shown(line.strip())}"
+                if not (start.isdigit() and end.isdigit() and len(line) <= SHOWN):
+                    raise ValueError(f"{where} is not `start,end`")
                 document = slice(int(start), int(end))
-            except ValueError:
-                raise ValueError(
-                    f"data.path: {bounds}:{number}: {line.strip()!r} is not `start,end`"
-                ) from None
-            if not 0 <= document.start < document.stop <= len(tokens):
-                raise ValueError(
-                    f"data.path: {bounds}:{number}: {line.strip()} lies outside {len(tokens)} "
-                    "tokens"
-                )
-            yield (
-                number,
-                {
-                    "input_ids": np.asarray(tokens[document]),
-                    "assistant_masks": np.asarray(mask[document]),
-                },
-            )
+                if not document.start < document.stop <= size:
+                    raise ValueError(f"{where} lies outside {size} tokens")
+                yield document
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"data.path: {bounds} is no whole gzip file of text ({error}); copy it again"
+        ) from error

@@ -10,6 +10,7 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +24,14 @@ from tokenclean.data.exports import (
     token_array_parts,
     token_array_rows,
 )
-from tokenclean.data.pretokenised import TARGETS, BadRow, Tokens, are_tokens, read_tokens
+from tokenclean.data.pretokenised import TARGETS, BadRow, Tokens, are_tokens, read_tokens, shown
 from tokenclean.data.spans import COLUMNS as SPAN_COLUMNS
 from tokenclean.data.spans import SpannedText, read_spans
 
 Role = Literal["system", "user", "assistant"]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
-#: Shapes that are no conversations, and go before those.
+#: Shapes that are no conversations.
 TOKENS, SPANS = "tokens", "text/spans"
 #: Columns that identify a shape, in order of precedence: (shape, required columns).
 SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -199,16 +200,13 @@ class Reader:
             raise row
         if not isinstance(row, Mapping):
             raise BadRow(f"expected an object, found {type(row).__name__}")
-        shape = self.shapes.get(file) or _detect(row)
+        shape = self.shapes.get(file) or _detect(row, self._card(file) is not None)
         content: Tokens | SpannedText | None = None
         messages: tuple[Message, ...] = ()
         if shape == TOKENS:
             content = read_tokens(row, self.vocabulary)
         elif shape == SPANS:
-            if file not in self._cards:
-                found = export_of(Path(file))
-                self._cards[file] = found[1] if found else None
-            content = read_spans(row, self._cards[file])
+            content = read_spans(row, self._card(file))
         else:
             messages = _messages(row, shape)
         self.shapes[file] = shape
@@ -221,12 +219,19 @@ class Reader:
         truth = _truth(row.get("truth"), messages)
         return Sample(name, source, messages, truth, self._order(row))
 
+    def _card(self, file: str) -> dict[str, Any] | None:
+        """Description of the export that a file belongs to, if it does."""
+        if file not in self._cards:
+            found = export_of(Path(file))
+            self._cards[file] = found[1] if found else None
+        return self._cards[file]
+
     def _order(self, row: Mapping[str, Any]) -> float | None:
         if self.order_column is None:
             return None
         value = row.get(self.order_column)
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise BadRow(f"ordering column `{self.order_column}` is {value!r}, not a number")
+            raise BadRow(f"ordering column `{self.order_column}` is {shown(value)}, not a number")
         return float(value)
 
 
@@ -235,7 +240,32 @@ def is_datasets_folder(path: Path) -> bool:
 
 
 def _data_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    """Files of samples of a folder.
+
+    Raises:
+        ValueError: if two of them hold the same samples.
+    """
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    for one, other in pairwise(sorted(files, key=lambda p: (p.stem, p.suffix))):
+        if one.stem == other.stem and _same_rows(one, other):
+            raise ValueError(
+                f"data.path: {one} and {other.name} hold the same rows, which would count twice; "
+                "name one of the two files instead of their folder"
+            )
+    return files
+
+
+def _same_rows(one: Path, other: Path) -> bool:
+    """Whether two files hold the same rows; looks no further than the first that differ."""
+    pairs = zip_longest(file_rows(one), file_rows(other))
+    return all(a and b and _bare(a[1]) == _bare(b[1]) for a, b in pairs)
+
+
+def _bare(value: Any) -> Any:
+    """Without what is null: a table has every column in every row."""
+    if isinstance(value, Mapping):
+        return {k: _bare(v) for k, v in value.items() if v is not None}
+    return [_bare(v) for v in value] if isinstance(value, list) else value
 
 
 def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[int, Any]]]]:
@@ -244,7 +274,7 @@ def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[in
         yield str(path), file_rows(path)
     elif path.is_dir() and not is_datasets_folder(path):
         for file in exported_files(path) or _data_files(path):
-            yield str(file), file_rows(file)
+            yield str(file), file_rows(file) if file.is_file() else _datasets_rows(str(file), split)
     else:
         yield name, _datasets_rows(name, split)
 
@@ -342,17 +372,23 @@ def _datasets_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
             yield line, row
 
 
-def _detect(row: Mapping[str, Any]) -> str:
-    if are_tokens(row):
-        return TOKENS
-    if all(column in row for column in SPAN_COLUMNS):
-        return SPANS
-    for shape, columns in SHAPES:
+def _detect(row: Mapping[str, Any], exported: bool) -> str:
+    """Shape of a file's first row; ``exported``: the file is an export's, and no conversation."""
+    given = [name for name, value in row.items() if value is not None]
+    if exported or not any(set(columns) <= set(given) for _, columns in SHAPES):
+        if are_tokens(row):
+            return TOKENS
+        if set(SPAN_COLUMNS) <= set(given):
+            return SPANS
+    # Of what is null it is said in which column.
+    for shape, columns in (*SHAPES, (SPANS, SPAN_COLUMNS)):
         if all(column in row for column in columns):
             return shape
+    if are_tokens(row, known=False):
+        return TOKENS
     known = "; ".join("+".join(columns) for _, columns in SHAPES)
     known += f"; input_ids+{'|'.join(TARGETS)}; {'+'.join(SPAN_COLUMNS)}"
-    raise BadRow(f"columns {sorted(row)} match no known shape ({known})")
+    raise BadRow(f"columns {shown(sorted(row))} match no known shape ({known})")
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -410,7 +446,7 @@ def _turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
         role_key, text_key = ("role", "content") if "role" in turn else keys
         role, content = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str) or (mapped := _role(role, column)) is None:
-            raise BadRow(f"{where}: unknown role {role!r}")
+            raise BadRow(f"{where}: unknown role {shown(role)}")
         if content is None:
             raise BadRow(f"{where}: content is null or missing")
         if not isinstance(content, str):
@@ -434,12 +470,14 @@ def _truth(
         raise BadRow(f"`truth` is {type(spans).__name__}, not a list of spans")
     for span in spans:
         if not (isinstance(span, list) and len(span) == 4 and all(type(x) is int for x in span)):
-            raise BadRow(f"`truth` span {span!r} is not [message, start, end, label]")
+            raise BadRow(f"`truth` span {shown(span)} is not [message, start, end, label]")
         message, start, end, label = span
         if (
             not 0 <= message < len(messages)
             or not 0 <= start <= end <= len(messages[message].content)
             or label not in (0, -1)
         ):
-            raise BadRow(f"`truth` span {span} lies outside its message or has an unknown label")
+            raise BadRow(
+                f"`truth` span {shown(span)} lies outside its message or has an unknown label"
+            )
     return tuple((m, s, e, label) for m, s, e, label in spans)

@@ -47,8 +47,8 @@ class TokenTexts:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the decoded text; joined, they are `decode` of all of them.
 
-    A token that ends within a character adds nothing, the one that completes it adds it. Of one that
-    stays broken, since the sample was cut inside it, the sign that stands for it is the first one's.
+    A token that ends within a character adds nothing, the one that completes it adds it. Of one
+    that stays broken, since the sample was cut inside it, the first one adds the sign for it.
 
     Args:
         tokenizer: of transformers.

@@ -253,6 +253,7 @@ class _Stream:
         self.rejected: dict[str, int] = {}
         self._bad: list[BadLine] = []
         self._hashes = array("Q")  # 8 bytes a row
+        self._inexact = 0
 
     def __iter__(self) -> Iterator[tuple[Sample | TokenSample, TokenisedSample]]:
         waiting: list[Sample | TokenSample] = []
@@ -284,7 +285,9 @@ class _Stream:
                 continue
             tokens = sample.content
             if not isinstance(tokens, Tokens):
-                tokens = encode_spans(tokens, self.tokeniser.tokenizer)
+                ours = tokens.came_from(self.tokeniser.tokenizer_fingerprint)
+                self._inexact += ours and tokens.exact is False
+                tokens = encode_spans(tokens, self.tokeniser)
             yield sample, _cut(tokens, self.tokeniser.max_length)
 
     def _note(self, bad: BadLine) -> None:
@@ -306,6 +309,12 @@ class _Stream:
             )
         if total:
             log.warning("%d bad line(s) went to quarantine: %s", total, self.rejected)
+        if self._inexact:
+            log.warning(
+                "%d text(s) with spans are not `exact`: this tokenizer, which made the exported "
+                "pool, may cut them into other tokens than it had; --to jsonl exports the tokens",
+                self._inexact,
+            )
         hashes = np.sort(np.frombuffer(self._hashes, dtype=np.uint64))
         doubled = set(hashes[:-1][hashes[:-1] == hashes[1:]].tolist())
         if doubled:

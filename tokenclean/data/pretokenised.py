@@ -8,7 +8,8 @@ A row has ``input_ids`` and at least one of
 
 Without ``response_mask`` the labelled tokens are the response. ``attention_mask`` may mark padding
 at the end, which is cut; ``weight`` gives each label a loss weight (a weight of 0 is no label);
-``truth`` is a planted pool's, token by token.
+``truth`` is a planted pool's, token by token. A column of null is as good as none. Where a row is a
+conversation, too, and no export's, the conversation is taken: nobody says whose tokens these are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 
 #: Value of a label that carries no loss.
-NO_LABEL = -100
+NO_LOSS = -100
+#: Characters of a foreign value that a message shows.
+SHOWN = 80
 #: Columns of which one must stand beside ``input_ids``.
 TARGETS = ("labels", "response_mask", "assistant_masks")
 
@@ -31,6 +34,12 @@ class BadRow(Exception):
     def __init__(self, reason: str, content: str | None = None):
         super().__init__(reason)
         self.content = content
+
+
+def shown(value: Any) -> str:
+    """A foreign value as Python writes it, cut to `SHOWN` characters, for a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,17 @@ class Tokens:
     truth: np.ndarray | None = None
 
 
-def are_tokens(row: Mapping[str, Any]) -> bool:
-    """Whether a row comes as tokens."""
-    return "input_ids" in row and any(name in row for name in TARGETS)
+def are_tokens(row: Mapping[str, Any], known: bool = True) -> bool:
+    """Whether a row comes as tokens.
+
+    Args:
+        known: a column of null does not count.
+    """
+
+    def has(name: str) -> bool:
+        return row.get(name) is not None if known else name in row
+
+    return has("input_ids") and any(map(has, TARGETS))
 
 
 def read_tokens(row: Mapping[str, Any], vocabulary: int | None) -> Tokens:
@@ -101,7 +118,7 @@ def read_tokens(row: Mapping[str, Any], vocabulary: int | None) -> Tokens:
     return Tokens(
         input_ids=input_ids.astype(np.int32),
         response_mask=response,
-        labels=np.where(labelled, input_ids, NO_LABEL).astype(np.int32),
+        labels=np.where(labelled, input_ids, NO_LOSS).astype(np.int32),
         weight=np.where(labelled, weight, np.float32(1.0)),
         truth=truth,
     )
@@ -115,12 +132,12 @@ def _targets(
     labelled = None
     if row.get("labels") is not None:
         labels = _aligned(row, "labels", size)[kept]
-        labelled = labels != NO_LABEL
+        labelled = labels != NO_LOSS
         if (wrong := labelled & (labels != input_ids)).any():
             at = int(np.argmax(wrong))
             raise BadRow(
                 f"label {at} is {labels[at]}: neither the token's id, {input_ids[at]}, nor "
-                f"{NO_LABEL} (labels are not shifted)"
+                f"{NO_LOSS} (labels are not shifted)"
             )
     response = _flags(row, "response_mask", size)
     assistant = _flags(row, "assistant_masks", size)
@@ -157,10 +174,17 @@ def _weights(row: Mapping[str, Any], labelled: np.ndarray, size: int) -> np.ndar
         if not set(map(type, values)) <= {int, float, type(None)}:
             raise BadRow("`weight` holds something that is no number")
         values = [np.nan if value is None else value for value in values]
-    weight = np.asarray(values, dtype=np.float32)[: len(labelled)]
+    try:
+        with np.errstate(over="ignore"):  # too large for float32 is infinite
+            weight = np.array(values, dtype=np.float32)[: len(labelled)]
+    except OverflowError:
+        raise BadRow("`weight` holds too large a number") from None
     if (wrong := labelled & ~np.isfinite(weight)).any():
         at = int(np.argmax(wrong))
-        raise BadRow(f"the weight of token {at}, which has a label, is {weight[at]}")
+        raise BadRow(
+            f"the weight of token {at}, which has a label, is {weight[at]} as a float32 "
+            f"(given: {shown(values[at])})"
+        )
     return weight
 
 
@@ -173,7 +197,7 @@ def _integers(row: Mapping[str, Any], name: str) -> np.ndarray:
         raise BadRow(f"`{name}` is {'null' if values is None else type(values).__name__}")
     if not set(map(type, values)) <= {int, bool}:
         odd = next(j for j, value in enumerate(values) if type(value) not in (int, bool))
-        raise BadRow(f"`{name}` holds {values[odd]!r} at token {odd}, no whole number")
+        raise BadRow(f"`{name}` holds {shown(values[odd])} at token {odd}, no whole number")
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError:

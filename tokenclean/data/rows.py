@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, ListColumn
 from tokenclean.data.batches import Sample
 from tokenclean.data.pool import TokenPool, extents
+from tokenclean.data.pretokenised import NO_LOSS as NO_LOSS
 
-NO_LOSS = -100
 #: Which tokens of a pool are targets. ``prompt``: all that are no response, from the second on;
 #: nothing learns from them, so they serve as a control for scores.
 Targets = Literal["response", "prompt"]
@@ -74,6 +74,7 @@ class TokenRows(Dataset[Sample]):
         self.cut = True
         self._carried: dict[str, ListColumn] = {}
         self._with_prompt = False
+        self._unlearns = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,6 +85,14 @@ class TokenRows(Dataset[Sample]):
         whole.lengths = np.where(self.counts > 0, self._input_ids.counts()[self.rows], 0)
         whole.cut = False
         return whole
+
+    def learnt(self) -> TokenRows:
+        """The same rows without the targets that are to be unlearnt, those of negative weight."""
+        some = copy.copy(self)
+        some.counts, some.negative = self.counts - self.negative, np.zeros_like(self.negative)
+        some.lengths = np.where(some.counts > 0, self.lengths, 0)
+        some._unlearns = False
+        return some
 
     def carrying(self, names: Sequence[str]) -> TokenRows:
         """The same rows, whose samples bring more along.
@@ -168,6 +177,8 @@ class TokenRows(Dataset[Sample]):
             # As everywhere: nothing precedes the first token, so nothing can predict it.
             positions = (self._labels[row][1:] != NO_LOSS).nonzero()[0] + 1
             weights = self._weights[row][positions]
+            if not self._unlearns:
+                positions, weights = positions[weights > 0.0], weights[weights > 0.0]
         length = int(positions[-1]) if self.cut and len(positions) else len(input_ids)
         extra = {name: column[row][positions] for name, column in self._carried.items()}
         prompt = ~self._mask[row] if self._with_prompt else None

@@ -5,21 +5,29 @@ A row has ``text``, ``responses`` ([start, end) characters of each response, its
 lists of the same, in their stead. The text is tokenised as a whole. A token that shares a character
 with a response is a response token; it is learnt if it shares one with a span that is kept: on an
 edge that another tokenizer does not cut at, too much is learnt rather than too little. The
-exporter's own tokenizer gives its own tokens back.
+exporter's own tokenizer gives its own tokens back where the row says ``exact``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenclean.data.pretokenised import NO_LABEL, BadRow, Tokens
+from tokenclean.data.pretokenised import NO_LOSS, BadRow, Tokens, shown
+
+if TYPE_CHECKING:
+    from tokenclean.data.template import Tokeniser
 
 #: Columns of such a row.
 COLUMNS = ("text", "responses", "spans")
+#: Of weights: what is larger is infinite as a float32.
+LARGEST = float(np.finfo(np.float32).max)
+#: A role's tag of the Tulu layout, which begins a line and is all of it.
+_TAG = re.compile(r"(?<![^\n])<\|(?:system|user|assistant)\|>(?![^\n])")
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class SpannedText:
         spans: (start, end, weight) characters that carry loss.
         eos: text of the EOS that ends responses in ``text``; None: the tokenizer's own.
         add_special_tokens: whether the tokenizer puts around it what it puts around any text.
+        template: that ``text`` was rendered with; None: nobody says.
+        tokenizer: fingerprint of the tokenizer that it was cut out with, if that is known.
+        exact: whether that one gives its tokens back where ``text`` is simply tokenised.
     """
 
     text: str
@@ -39,6 +50,13 @@ class SpannedText:
     spans: tuple[tuple[int, int, float], ...]
     eos: str | None = None
     add_special_tokens: bool = True
+    template: str | None = None
+    tokenizer: str | None = None
+    exact: bool | None = None
+
+    def came_from(self, fingerprint: str) -> bool:
+        """Whether it was cut out with the tokenizer of this fingerprint."""
+        return self.tokenizer == fingerprint
 
 
 def read_spans(row: Mapping[str, Any], card: Mapping[str, Any] | None) -> SpannedText:
@@ -64,7 +82,7 @@ def read_spans(row: Mapping[str, Any], card: Mapping[str, Any] | None) -> Spanne
     last = 0
     for found in row["responses"]:
         if not isinstance(found, list) or len(found) != 2:
-            raise BadRow(f"`responses`: {found!r} is not [start, end]")
+            raise BadRow(f"`responses`: {shown(found)} is not [start, end]")
         start, end = _extent(found[0], found[1], len(text), "responses", 0)
         if start < last:
             raise BadRow(f"`responses`: [{start}, {end}] begins before the last one ends")
@@ -73,20 +91,31 @@ def read_spans(row: Mapping[str, Any], card: Mapping[str, Any] | None) -> Spanne
             responses.append((start, end))
     for found in _spans(row):
         if not isinstance(found, Mapping) or type(found.get("kept")) is not bool:
-            raise BadRow(f"`spans`: {found!r} is not an object with start, end and kept")
+            raise BadRow(f"`spans`: {shown(found)} is not an object with start, end and kept")
         start, end = _extent(found.get("start"), found.get("end"), len(text), "spans")
         if not any(a <= start and end <= b for a, b in responses):
             raise BadRow(f"`spans`: [{start}, {end}] lies in no response")
         weight = found.get("weight")
         if weight is None:
             weight = float(found["kept"])
-        if type(weight) not in (int, float) or not np.isfinite(weight):
-            raise BadRow(f"`spans`: the weight of [{start}, {end}] is {weight!r}")
+        if type(weight) not in (int, float) or not abs(weight) <= LARGEST:
+            raise BadRow(f"`spans`: the weight of [{start}, {end}] is {shown(weight)}")
         if found["kept"] or weight < 0:  # what is to be unlearnt is not kept, and carries loss
             spans.append((start, end, float(weight)))
+    exact = row.get("exact")
+    if not isinstance(exact, bool | None):
+        raise BadRow(f"`exact` is {shown(exact)}, neither true nor false")
     card = card or {}
-    eos, special = card.get("eos"), card.get("add_special_tokens", True)
-    return SpannedText(text, tuple(responses), tuple(spans), eos, bool(special))
+    return SpannedText(
+        text,
+        tuple(responses),
+        tuple(spans),
+        card.get("eos"),
+        bool(card.get("add_special_tokens", True)),
+        card.get("template"),
+        card.get("tokenizer"),
+        exact,
+    )
 
 
 def _spans(row: Mapping[str, Any]) -> Iterator[Any]:
@@ -111,18 +140,20 @@ def _extent(start: Any, end: Any, size: int, name: str, least: int = 1) -> tuple
         or type(end) is not int
         or not 0 <= start <= end - least <= size - least
     ):
-        raise BadRow(f"`{name}`: {start!r} to {end!r} are no characters of a text of {size}")
+        raise BadRow(
+            f"`{name}`: {shown(start)} to {shown(end)} are no characters of a text of {size}"
+        )
     return start, end
 
 
-def encode_spans(sample: SpannedText, tokenizer: Any) -> Tokens:
+def encode_spans(sample: SpannedText, tokeniser: Tokeniser) -> Tokens:
     """Tokens of a text, with what its spans say of them.
 
     Args:
-        tokenizer: a fast one of transformers, with an EOS token.
+        tokeniser: whose tokenizer to use; the text has its template already.
     """
-    sample, ends = _with_eos(sample, tokenizer.eos_token)
-    ids, offsets = _encode(sample, ends, tokenizer)
+    sample, ends = _with_eos(sample, tokeniser.eos)
+    ids, offsets = _encode(sample, ends, tokeniser)
     # A blank whose offsets were trimmed away ends where they stand.
     starts, stops = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
 
@@ -138,8 +169,8 @@ def encode_spans(sample: SpannedText, tokenizer: Any) -> Tokens:
     # On an edge the span that is learnt most has the last word.
     for start, end, value in sorted(sample.spans, key=lambda span: span[2]):
         weight[touching(start, end) & response] = value
-    labels = np.where(weight != 0.0, ids, NO_LABEL).astype(np.int32)
-    weight[labels == NO_LABEL] = 1.0
+    labels = np.where(weight != 0.0, ids, NO_LOSS).astype(np.int32)
+    weight[labels == NO_LOSS] = 1.0
     return Tokens(ids, response, labels, weight)
 
 
@@ -175,55 +206,72 @@ def _with_eos(sample: SpannedText, eos: str) -> tuple[SpannedText, list[int]]:
         return shifted(start, False), shifted(end, True)
 
     return (
-        SpannedText(
-            "".join(parts),
-            tuple(both(*found) for found in sample.responses),
-            tuple((*both(start, end), weight) for start, end, weight in sample.spans),
-            eos,
-            sample.add_special_tokens,
+        replace(
+            sample,
+            text="".join(parts),
+            responses=tuple(both(*found) for found in sample.responses),
+            spans=tuple((*both(start, end), weight) for start, end, weight in sample.spans),
+            eos=eos,
         ),
         ends,
     )
 
 
-def _encode(sample: SpannedText, ends: list[int], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def _encode(
+    sample: SpannedText, ends: list[int], tokeniser: Tokeniser
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int32, (T,), and [start, end) characters, int64, (T, 2), of a text's tokens.
 
-    A text that spells special tokens elsewhere than at the end of a response is taken literally,
-    with the EOS put in by id, as it is where conversations are tokenised.
+    A text that spells special tokens elsewhere than in a role's tag or at the end of a response is
+    taken literally, with the EOS put in by id, as it is where conversations are tokenised; unless
+    its exporter, with this very tokenizer, found that it gives its tokens back as it is.
     """
-    eos, text = str(tokenizer.eos_token), sample.text
-    pieces, cursor = [], 0
-    for end in ends:
-        pieces.append((cursor, text[cursor:end]))
-        cursor = end + len(eos)
-    pieces.append((cursor, text[cursor:]))
-    spelled = [str(token) for token in tokenizer.all_special_tokens]
-    spelled += [str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    literal = sample.add_special_tokens and any(
-        token in piece for token in spelled for _, piece in pieces
-    )
+    tokenizer = tokeniser.tokenizer
     settings = {"return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
+    literal = sample.add_special_tokens and _spells_special(sample, ends, tokeniser)
+    if literal and sample.exact and sample.came_from(tokeniser.tokenizer_fingerprint):
+        literal = False
     if not literal:
-        whole = tokenizer(text, add_special_tokens=sample.add_special_tokens, **settings)
+        whole = tokenizer(sample.text, add_special_tokens=sample.add_special_tokens, **settings)
         return (
             np.asarray(whole["input_ids"], np.int32),
             np.asarray(whole["offset_mapping"], np.int64).reshape(-1, 2),
         )
-    around = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next(i for i in range(len(around)) if around[i : i + len(bare)] == bare)
-    ids: list[int] = list(around[:at])
-    offsets: list[tuple[int, int]] = [(0, 0)] * at
-    for number, (start, piece) in enumerate(pieces):
-        if piece:
+    ids: list[int] = list(tokeniser.prefix)
+    offsets: list[tuple[int, int]] = [(0, 0)] * len(ids)
+    cursor = 0
+    for end in [*ends, len(sample.text)]:
+        if piece := sample.text[cursor:end]:
             part = tokenizer(piece, add_special_tokens=False, split_special_tokens=True, **settings)
             ids += part["input_ids"]
-            offsets += [(a + start, b + start) for a, b in part["offset_mapping"]]
-        if number < len(ends):
-            ids.append(int(tokenizer.eos_token_id))
-            offsets.append((ends[number], ends[number] + len(eos)))
-    closing = around[at + len(bare) :]
-    ids += closing
-    offsets += [(0, 0)] * len(closing)
+            offsets += [(a + cursor, b + cursor) for a, b in part["offset_mapping"]]
+        cursor = end
+        if end < len(sample.text):
+            cursor += len(tokeniser.eos)
+            ids.append(tokeniser.eos_id)
+            offsets.append((end, cursor))
+    ids += tokeniser.suffix
+    offsets += [(0, 0)] * len(tokeniser.suffix)
     return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+
+def _spells_special(sample: SpannedText, ends: list[int], tokeniser: Tokeniser) -> bool:
+    """Whether the content of a text does, that is all but the roles' tags and the responses' EOS.
+
+    A tokenizer may have the tags as special tokens (Phi-3's way), and a conversation then has them,
+    too.
+    """
+    cuts = [(end, end + len(tokeniser.eos)) for end in ends]
+    if sample.template in (None, "tulu"):
+        cuts += [
+            (tag.start(), tag.end())
+            for tag in _TAG.finditer(sample.text)
+            if not any(start <= tag.start() < end for start, end in sample.responses)
+        ]
+    cursor = 0
+    for start, end in [*sorted(cuts), (len(sample.text), 0)]:
+        piece = sample.text[cursor:start]
+        if any(token in piece for token in tokeniser.specials):
+            return True
+        cursor = end
+    return False

@@ -15,6 +15,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +109,14 @@ def _left_blank(text: str) -> int:
     return len(text) - len(text.lstrip()) if text.strip() else 0
 
 
+def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and after any text by itself, e.g. BOS in front."""
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
+
+
 class Tokeniser:
     """A tokenizer together with a template: samples in, verified tokens out.
 
@@ -116,6 +125,10 @@ class Tokeniser:
         template: ``tulu``; ``raw`` (contents joined without tags); ``chat`` (the tokenizer's own
             chat template).
         max_length: tokens kept from the left, T.
+
+    Attributes:
+        specials: texts of the tokenizer's special tokens.
+        prefix, suffix: ids that the tokenizer puts around any text, see `surroundings`.
 
     Raises:
         ValueError: if the tokenizer lacks offsets, an EOS token, or a chat template asked for.
@@ -138,15 +151,16 @@ class Tokeniser:
         self.max_length = max_length
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
-        self._special = sorted(
+        self.specials = sorted(
             {str(t) for t in tokenizer.all_special_tokens}
             | {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         )
-        # What the tokenizer puts around a text by itself, e.g. BOS in front.
-        probe = tokenizer("a")["input_ids"]
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        at = next(i for i in range(len(probe)) if probe[i : i + len(bare)] == bare)
-        self._prefix, self._suffix = probe[:at], probe[at + len(bare) :]
+        self.prefix, self.suffix = surroundings(tokenizer)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Content hash of the tokenizer by itself, see `fingerprint_tokenizer`."""
+        return fingerprint_tokenizer(self.tokenizer)
 
     def fingerprint(self) -> str:
         """Content hash of everything that decides the tokens of a text."""
@@ -222,7 +236,7 @@ class Tokeniser:
                 )
             contents.append((cursor, end, left))
             if message.role == "assistant":
-                closing = next((t for t in self._special if text.startswith(t, end)), "")
+                closing = next((t for t in self.specials if text.startswith(t, end)), "")
                 responses.append((cursor, end + len(closing)))
             cursor = end + len(after)
         return Rendered(text, responses, contents)
@@ -236,7 +250,7 @@ class Tokeniser:
         return text
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
-        return any(token in m.content for m in messages for token in self._special)
+        return any(token in m.content for m in messages for token in self.specials)
 
     def _encode_literally(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a text whose content spells special tokens: as plain text, EOS put in by id."""
@@ -245,8 +259,8 @@ class Tokeniser:
                 "data.template: a sample's content spells a special token of the tokenizer, which "
                 "the chat template cannot keep apart; use the tulu template"
             )
-        ids: list[int] = list(self._prefix)
-        offsets: list[tuple[int, int]] = [(0, 0)] * len(self._prefix)
+        ids: list[int] = list(self.prefix)
+        offsets: list[tuple[int, int]] = [(0, 0)] * len(self.prefix)
         cursor = 0
         eos_starts = [end - len(self.eos) for _, end in rendered.responses]
         for eos_start in [*eos_starts, len(rendered.text)]:
@@ -266,8 +280,8 @@ class Tokeniser:
                 ids.append(self.eos_id)
                 cursor += len(self.eos)
                 offsets.append((eos_start, cursor))
-        ids += self._suffix
-        offsets += [(cursor, cursor)] * len(self._suffix)
+        ids += self.suffix
+        offsets += [(cursor, cursor)] * len(self.suffix)
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
     def _verify(

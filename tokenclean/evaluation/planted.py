@@ -81,7 +81,7 @@ def accuracy(answers: Answers) -> dict[str, Accuracy]:
 
 @torch.no_grad()
 def mean_nll(network: Network, pool: TokenPool, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss per response token in nats, per source and over all."""
+    """Mean loss per target in nats, per source and over all."""
     sums: dict[str, list[float]] = {}
     for batch in batches:
         with network.clock(batch.tokens):

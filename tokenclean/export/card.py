@@ -5,6 +5,9 @@ Cards say nothing of the machine or of the time, so that the same run gives the 
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +18,16 @@ from tokenclean import __version__
 from tokenclean.data.cleaned import kept_share
 from tokenclean.export.content import Counts, Tally
 from tokenclean.export.markdown import cell, facts, front_matter, shown, table
-from tokenclean.finished import CleanedArm, FinishedRun
+from tokenclean.finished import ONLY, CleanedArm, FinishedRun
 from tokenclean.selection.rule import Rule, make_rule
 
+log = logging.getLogger(__name__)
+
+#: What the manifest's `score_base` means.
+SCORE_BASES = {
+    "theta_0": "the base model, untrained",
+    "previous": "the model as the round before left it",
+}
 #: Sources that the table of a card names; the rest is put together.
 SOURCES = 50
 ABOUT = (
@@ -65,12 +75,15 @@ def data_card(
     if loading.files is not None:
         files = [{"split": "train", "path": loading.files}]
         head["configs"] = [{"config_name": "default", "data_files": files}]
-    share = f" ({total.kept / total.response:.1%})" if total.response else ""
+    share = f"{total.kept / total.response:.1%}" if total.response else ""
+    if total.warmup and total.share is not None:
+        share += f"; {total.share:.1%} without the warm-up, which no rule cleaned"
+    name = run.root.name if arm.name == ONLY else arm.name
     parts = [
-        front_matter(head, license)
-        + f"\n# Cleaned tokens of {cell(arm.name)}, for {loading.title}",
+        front_matter(head, license) + f"\n# Cleaned tokens of {cell(name)}, for {loading.title}",
         f"{counted.rows:,} of {total.samples:,} samples, in which {total.kept:,} of "
-        f"{total.response:,} response tokens{share} are kept. {ABOUT} Written by tokenclean "
+        f"{total.response:,} response tokens{f' ({share})' if share else ''} are kept. {ABOUT} "
+        "Written by tokenclean "
         f"{__version__}.",
         "## How to load it",
         loading.text,
@@ -106,6 +119,7 @@ def how(run: FinishedRun, arm: CleanedArm) -> str:
     rule = _rule(selection.get("rule"))
     asked = settings.get("keep") or selection.get("keep")
     scored = loop.get("reference") or run.config.get("reference")
+    stood_on = manifest.get("score_base")
     steps = manifest.get("rounds") or manifest.get("halves") or []
     base = manifest.get("base") or next((s["base"] for s in steps if s.get("base")), None)
     pairs = {
@@ -120,8 +134,8 @@ def how(run: FinishedRun, arm: CleanedArm) -> str:
         "always keeps EOS": selection.get("always_keep_eos") or None,
         "rows seen by the reference left out": selection.get("exclude_seen") or None,
         "schedule": manifest.get("schedule") or settings.get("schedule"),
-        "base": _model(shown(run.base.name) if run.base else None, base),
-        "base of the scores": manifest.get("score_base"),
+        "base": _model(shown(base_name(run)) if run.base else None, base),
+        "base of the scores": SCORE_BASES.get(str(stood_on), stood_on),
         "reference": _model(shown(scored) if scored else None, manifest.get("reference")),
         "online weighting of its training (not in the data)": settings.get("weighting"),
     }
@@ -201,6 +215,7 @@ def model_card(
     run: FinishedRun | None,
     arm: CleanedArm | None,
     base: str,
+    known: bool,
     loading: Loading,
     license: str | None,
     details: dict[str, Any],
@@ -211,13 +226,14 @@ def model_card(
     Args:
         run, arm: where its data were cleaned, if that is known.
         base: the base model's name, as the run has it.
+        known: others can look that name up.
         loading: how to load it.
         license: an SPDX name, if one was given.
         details: of its training.
         is_adapter: or a whole model.
     """
     head: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
-    if is_hub_name(base):
+    if known:
         head["base_model"] = base
     head |= {"pipeline_tag": "text-generation", "tags": ["tokenclean", "token-cleaning"]}
     title = "adapter" if is_adapter else "model"
@@ -249,14 +265,54 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a model's name is one that others can look up."""
-    local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not local
+def base_name(run: FinishedRun) -> str | None:
+    """The base's name as the run stores it, wherever that is found from here."""
+    named = ((run.config.get("model") or {}).get("base") or {}).get("name")
+    if named:
+        return str(named)
+    return run.base.name if run.base else None
+
+
+def named(name: str | None, run: Path, what: str = "base") -> str:
+    """A model's name for a card's code: the name, or BASE with a comment if others have no such.
+
+    A warning tells whoever exports to put a name there.
+
+    Args:
+        name, run: see `is_hub_name`.
+        what: the run calls it.
+    """
+    if name is not None and is_hub_name(name, run):
+        return json.dumps(name)
+    if name is not None:
+        log.warning("%s is a folder, which others do not have: the card's code says BASE", name)
+    seen = f"the run's {what}: {shown(name)}, seen from where the run was made"
+    return f'"BASE"  # {seen if name else "the model whose tokenizer made these tokens"}'
+
+
+def is_hub_name(name: str | None, run: Path) -> bool:
+    """Whether a model's name is one that others can look up.
+
+    What reads like one may be a folder, too, seen from where the run was started: that is looked
+    for in the folders that the run lies in, wherever the export is written from.
+
+    Args:
+        name: as the run has it, if it has one.
+        run: folder of the run, or of a part of it.
+    """
+    if name is None or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return False
+    place = run.resolve()
+    return not any((folder / name).is_dir() for folder in (place, *place.parents))
 
 
 def _licence(license: str | None, owners: str) -> str:
-    said = f"{license}, as given by whoever exported it." if license else "Not stated."
+    said = (
+        f"{license}, as given by whoever exported it."
+        if license
+        else "**Not stated.** Fill it in, here and as `license:` at the top (or export with "
+        "`--license`)."
+    )
     return f"## Licence\n\n{said} tokenclean does not know the licences of {owners}; they apply."
 
 

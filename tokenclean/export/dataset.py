@@ -9,7 +9,7 @@ from tokenclean import __version__
 from tokenclean.arrow import write_json
 from tokenclean.data.exports import CARD, VERSION
 from tokenclean.export import loading
-from tokenclean.export.card import Loading, data_card
+from tokenclean.export.card import Loading, base_name, data_card, named
 from tokenclean.export.content import Choices, Tally, labelled, tally, watched
 from tokenclean.export.formats import (
     smallest_dtype,
@@ -88,8 +88,7 @@ def _write_labels(
     notes = []
     if choices.to == "trl":
         files = write_trl(folder, parts)
-        name = run.base.name if run.base else _tokenizer_name(run, choices)
-        page = loading.trl(longest, name)
+        page = loading.trl(longest, named(base_name(run), run.folder))
     elif choices.to == "axolotl":
         files, page = write_axolotl(folder, parts), loading.axolotl(longest)
     elif choices.to == "llamafactory":
@@ -121,10 +120,10 @@ def _write_everything(
     arm: CleanedArm,
 ) -> tuple[Loading, list[str]]:
     """A layout of all samples and all that is known of their tokens."""
-    named = arm.manifest.get("reasons") or {}
+    reasons = arm.manifest.get("reasons") or {}
 
     def reason(code: int) -> str:
-        return str(named.get(str(code)) or REASONS.get(code) or code)
+        return str(reasons.get(str(code)) or REASONS.get(code) or code)
 
     blocks = watched(arm.cleaned, "writing")
     if choices.to == "jsonl":
@@ -135,7 +134,9 @@ def _write_everything(
             tokenizer, str(note["template"]), reason, counted.weighted, choices.per_token
         )
         files = writer.write(folder, blocks)
-        page = loading.spans(writer.add_special_tokens, _tokenizer_name(run, choices))
+        name = _tokenizer_name(run, choices)
+        known = named(name, run.folder, "tokenizer")
+        page = loading.spans(writer.add_special_tokens, known)
         note |= {
             "add_special_tokens": writer.add_special_tokens,
             "eos": tokenizer.decode([note["eos_id"]]),
@@ -263,8 +264,3 @@ def _tokenizer_name(run: FinishedRun, choices: Choices) -> str | None:
     if choices.tokenizer is not None:
         return str(choices.tokenizer)
     return (run.base.tokenizer or run.base.name) if run.base else None
-
-
-def _model_name(run: FinishedRun, tokenizer: str | None) -> str | None:
-    """What an example may load: the run's base, else what the tokenizer belongs to."""
-    return run.base.name if run.base else tokenizer

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
+
 from tokenclean.export.card import Loading
 from tokenclean.export.formats import Files
-from tokenclean.export.markdown import shown
 
 
-def trl(longest: int, tokenizer: str | None) -> Loading:
+def trl(longest: int, base: str) -> Loading:
+    """Rows of up to ``longest`` tokens; ``base`` as `tokenclean.export.card.named` gives it."""
     text = f"""\
 ```python
 from datasets import load_dataset
@@ -19,14 +23,23 @@ rows = load_dataset("json", data_files="train.jsonl", split="train")  # or "parq
 from trl import SFTConfig, SFTTrainer
 
 # The longest row has {longest} tokens; TRL's own default would cut rows of more than 1024.
-settings = SFTConfig(output_dir="trained", max_length={longest}, packing=False)
-trainer = SFTTrainer(model="{shown(tokenizer)}", args=settings, train_dataset=rows)
+settings = SFTConfig(output_dir="../trained", max_length={longest}, packing=False)
+base = {base}
+trainer = SFTTrainer(model=base, args=settings, train_dataset=rows)
 trainer.train()
 ```
 
-`packing=True` with this `max_length` trains on the same tokens. Keep all three columns, and leave
-`assistant_only_loss` and `dataset_kwargs` alone: versions of TRL differ in whether they go by
-`labels` or by `assistant_masks`, which say the same. TRL shifts the labels itself."""
+Three settings train on exactly these tokens:
+
+* `packing=False, max_length={longest}`, as above;
+* `packing=True, packing_strategy="bfd", max_length={longest}`;
+* `padding_free=True, max_length=None`.
+
+Not so `packing_strategy="wrapped"`, which lets rows run into one another and cuts them, nor any of
+the first two without `max_length`: TRL then cuts rows of more than 1024 tokens. Keep all three
+columns, and leave `assistant_only_loss` and `dataset_kwargs` alone: versions of TRL differ in
+whether they go by `labels` or by `assistant_masks`, which say the same. TRL shifts the labels
+itself."""
     return Loading("TRL", text, "train.parquet")
 
 
@@ -80,7 +93,7 @@ import gzip
 
 import numpy as np
 
-tokens = np.memmap("{first}", mode="r", dtype="<{np_name(dtype)}")
+tokens = np.memmap("{first}", mode="r", dtype="{np.dtype(dtype).newbyteorder("<").str}")
 mask = np.memmap("{first.replace("token_ids", "labels_mask")}", mode="r", dtype=np.bool_)
 with gzip.open("{first.replace(".npy", ".csv.gz")}", "rt") as file:
     bounds = [(int(start), int(end)) for start, end in csv.reader(file)]
@@ -91,11 +104,6 @@ label_mask_paths=["labels_mask_part_*.npy"], dtype=NumpyDatasetDType.{dtype}, se
 tokenizer=...)` with a sequence length of {longest} or more and a `TokenizerConfig` whose
 `eos_token_id` is {eos_id}."""
     return Loading("OLMo-core", text)
-
-
-def np_name(dtype: str) -> str:
-    """NumPy's short name of an unsigned integer."""
-    return {"uint16": "u2", "uint32": "u4"}[dtype]
 
 
 def jsonl() -> Loading:
@@ -114,7 +122,8 @@ token is to be unlearnt. Losses are in nats, null where there is none; `score` i
     return Loading("anything that reads JSON", text, "samples.jsonl")
 
 
-def spans(add_special_tokens: bool, tokenizer: str | None) -> Loading:
+def spans(add_special_tokens: bool, tokenizer: str) -> Loading:
+    """How texts were tokenised; ``tokenizer`` as `tokenclean.export.card.named` gives it."""
     text = f"""\
 ```python
 import json
@@ -129,7 +138,8 @@ Labels under any fast tokenizer: a token is learnt if one of its characters is.
 ```python
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{shown(tokenizer)}")
+base = {tokenizer}
+tokenizer = AutoTokenizer.from_pretrained(base)
 encoded = tokenizer(
     row["text"], return_offsets_mapping=True, add_special_tokens={add_special_tokens}
 )
@@ -149,36 +159,55 @@ within one goes with that token."""
     return Loading("other tokenizers", text, "samples.jsonl")
 
 
-def adapter(dtype: str) -> Loading:
+def adapter(
+    dtype: str, base: str, revision: str | None, tokenizer: str | None, remote: bool
+) -> Loading:
+    """How to load an adapter onto its base.
+
+    Args:
+        dtype: of the base's weights.
+        base: as `tokenclean.export.card.named` gives it.
+        revision: of the base, if the run names one.
+        tokenizer: what to load it from, if that is not the base.
+        remote: the base brings Python code of its own.
+    """
+    trusted = ", trust_remote_code=True" if remote else ""
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    spoken = f"{json.dumps(tokenizer)}{trusted}" if tokenizer else f"base{at}{trusted}"
+    asked = {"revision": revision, "tokenizer": tokenizer, "trust_remote_code": remote or None}
+    more = "".join(f",{key}={value}" for key, value in asked.items() if value)
     text = f"""\
 ```python
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this one
-base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})
+base = {base}
+model = AutoModelForCausalLM.from_pretrained(base{at}{trusted}, dtype=torch.{dtype})
 model = PeftModel.from_pretrained(model, folder)
-tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer = AutoTokenizer.from_pretrained({spoken})
 ```
 
 With lm-evaluation-harness:
-`lm_eval --model hf --model_args pretrained=BASE,peft=FOLDER --tasks ...`."""
+`lm_eval --model hf --model_args pretrained=BASE,peft=FOLDER{more} --tasks ...`."""
     return Loading("PEFT", text)
 
 
-def merged(dtype: str) -> Loading:
+def merged(dtype: str, remote: bool) -> Loading:
+    """``dtype`` is that of the weights; ``remote``: the model brings Python code of its own."""
+    trusted = ", trust_remote_code=True" if remote else ""
     text = f"""\
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this one
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.{dtype})
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.{dtype}{trusted})
+tokenizer = AutoTokenizer.from_pretrained(folder{trusted})
 ```
 
 With lm-evaluation-harness:
-`lm_eval --model hf --model_args pretrained=FOLDER --tasks ...`."""
+`lm_eval --model hf --model_args pretrained=FOLDER{",trust_remote_code=True" if remote else ""} \
+--tasks ...`."""
     return Loading("transformers", text)

@@ -37,7 +37,7 @@ def facts(pairs: dict[str, Any]) -> str:
 
 
 def front_matter(entries: dict[str, Any], license: str | None) -> str:
-    """The YAML head that a hub reads; the licence is left to whoever exports."""
+    """The YAML head that a hub reads; it says a licence only if whoever exports does."""
     head = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True) if entries else ""
-    said = yaml.safe_dump({"license": license}) if license else "license:\n"
+    said = yaml.safe_dump({"license": license}) if license else ""
     return f"---\n{said}{head}---\n"

@@ -16,7 +16,7 @@ from tokenclean import __version__
 from tokenclean.arrow import write_json
 from tokenclean.data.exports import CARD, VERSION
 from tokenclean.export import loading
-from tokenclean.export.card import model_card
+from tokenclean.export.card import is_hub_name, model_card, named
 from tokenclean.export.content import Choices
 from tokenclean.export.markdown import shown
 from tokenclean.finished import CleanedArm, FinishedRun
@@ -57,12 +57,36 @@ class Trained:
         """Of the arm; ``fit`` for a run of that verb."""
         return "fit" if self.arm is None else self.arm.name
 
-    def digest(self) -> str:
-        """Hash of its weights as they lie on disk."""
+    @property
+    def known(self) -> bool:
+        """Whether others can look its base up."""
+        return is_hub_name(self.base_name, self.folder)
+
+    @property
+    def base_name(self) -> str:
+        """As the run stores it; ``base`` has it as it is found from here."""
+        return str(self.config["model"]["base"]["name"])
+
+    @property
+    def remote(self) -> bool:
+        """Whether its base brings Python code of its own, as the run says or whoever exports."""
+        return bool(
+            self.base.trust_remote_code or self.config["model"]["base"].get("trust_remote_code")
+        )
+
+    def digest(self, to: str) -> str:
+        """Hash of its weights and settings as they lie on disk, and of what it is merged into.
+
+        Args:
+            to: ``adapter`` or ``merged``.
+        """
+        bases = [self.base.name, self.base.tokenizer] if to == "merged" else []
+        folders = [self.folder, *(Path(name) for name in bases if name)]
         found = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+        for folder in folders:  # a base on a hub is no folder; the run's configuration names it
+            for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+                with path.open("rb") as file:
+                    found.update(hashlib.file_digest(file, "sha256").digest())
         return found.hexdigest()[:16]
 
     def details(self) -> dict[str, Any]:
@@ -88,13 +112,16 @@ class Trained:
         }
 
 
-def find_trained(folder: Path, arm: str | None, to: str) -> Trained:
+def find_trained(
+    folder: Path, arm: str | None, to: str, trust_remote_code: bool = False
+) -> Trained:
     """The trained model of a run of `clean` or `fit`, or of an arm.
 
     Args:
         folder: of the run, or of an arm.
         arm: which one, where a run has several.
         to: ``adapter`` or ``merged``.
+        trust_remote_code: run the Python code that comes with its base, whatever the run says.
 
     Raises:
         ValueError: if there is none, several and ``arm`` does not say which, or no adapter where
@@ -104,9 +131,9 @@ def find_trained(folder: Path, arm: str | None, to: str) -> Trained:
     if place is not None and not (folder / "cleaned").is_dir() and (folder / CONFIG).is_file():
         if arm is not None:
             raise ValueError(f"--arm: {folder} is a run of `fit`, which has no arms; leave it out")
-        found = _of_fit(folder, place)
+        found = _of_fit(folder, place, trust_remote_code)
     else:
-        found = _of_arm(folder, arm)
+        found = _of_arm(folder, arm, trust_remote_code)
     if to == "adapter" and found.full:
         raise ValueError(
             f"--to adapter: {found.folder} is a whole model, since all weights were trained; pass "
@@ -115,16 +142,17 @@ def find_trained(folder: Path, arm: str | None, to: str) -> Trained:
     return found
 
 
-def _of_fit(folder: Path, place: Path) -> Trained:
+def _of_fit(folder: Path, place: Path, trusted: bool) -> Trained:
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     named = config["model"]["base"]
-    known = ("name", "tokenizer", "revision", "trust_remote_code", "dtype")
+    known = ("name", "tokenizer", "revision", "dtype")
     base = BaseConfig(**{key: named[key] for key in known if key in named})
+    base.trust_remote_code = trusted
     return Trained(place, base, config, *_cleaned_by(config))
 
 
-def _of_arm(folder: Path, arm: str | None) -> Trained:
-    run = FinishedRun(folder)
+def _of_arm(folder: Path, arm: str | None, trusted: bool) -> Trained:
+    run = FinishedRun(folder, trust_remote_code=trusted)
     found = run.arm(arm)
     if found.adapter is None:
         raise ValueError(
@@ -161,7 +189,7 @@ def _write_adapter(folder: Path, trained: Trained) -> None:
         shutil.copyfile(trained.folder / name, folder / name)
     path = folder / ADAPTER_FILES[0]
     config = json.loads(path.read_text(encoding="utf-8"))
-    named = {"base_model_name_or_path": trained.base.name, "revision": trained.base.revision}
+    named = {"base_model_name_or_path": trained.base_name, "revision": trained.base.revision}
     if any(config.get(key) != value for key, value in named.items()):
         path.write_text(json.dumps(config | named, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -169,13 +197,13 @@ def _write_adapter(folder: Path, trained: Trained) -> None:
 def _write_merged(folder: Path, trained: Trained, dtype: str) -> None:
     """Base and adapter as one ordinary model, with its tokenizer.
 
-    Adapters are added in float32; another ``dtype`` is rounded to once, afterwards.
+    Adapters are added in float32, to the base as it was before any 4-bit quantisation; another
+    ``dtype`` is rounded to once, afterwards.
     """
     tokenizer = load_tokenizer(trained.base)
     source = trained.folder
     if not trained.full:
-        # 4-bit weights cannot be added to: the base is read as it was before
-        network = Network.load(replace(trained.base, dtype="float32", load_in_4bit=False))
+        network = Network.load(replace(trained.base, dtype="float32"))
         network.load_adapter(trained.folder)
         source = folder if dtype == "float32" else folder / "float32"
         network.save_merged(source, tokenizer)
@@ -183,25 +211,48 @@ def _write_merged(folder: Path, trained: Trained, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trained.base.trust_remote_code,
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         shutil.rmtree(folder / "float32", ignore_errors=True)
 
 
+def check_published(trained: Trained, to: str) -> None:
+    """Refuse to publish an adapter of a base that nobody else has.
+
+    Raises:
+        ValueError: naming the base, whose path the adapter's configuration holds.
+    """
+    if to == "adapter" and not trained.known:
+        raise ValueError(
+            f"--push_to_hub: the adapter stands on {trained.base_name}, a folder of this machine "
+            "that nobody else can load; push --to merged instead"
+        )
+
+
 def write_model(folder: Path, trained: Trained, choices: Choices, content: str) -> None:
     """Write a trained model into an empty folder, with its card."""
-    details = trained.details()
+    details, base = trained.details(), trained.base
     if choices.to == "adapter":
         _write_adapter(folder, trained)
-        page = loading.adapter("float32")
+        other = trained.config["model"]["base"].get("tokenizer")
+        if other is not None and not is_hub_name(other, trained.folder):
+            other = "TOKENIZER"
+        place = named(trained.base_name, trained.folder)
+        page = loading.adapter("float32", place, base.revision, other, trained.remote)
     else:
         dtype = choices.dtype or "float32"
         _write_merged(folder, trained, dtype)
-        page = loading.merged(dtype)
-        details["stored as"] = f"{dtype}, added up in float32"
-    name, is_adapter = trained.base.name, choices.to == "adapter"
-    card = model_card(trained.run, trained.arm, name, page, choices.license, details, is_adapter)
+        page = loading.merged(dtype, trained.remote)
+        details["stored as"] = dtype if trained.full else f"{dtype}, added up in float32"
+    name, is_adapter = trained.base_name, choices.to == "adapter"
+    card = model_card(
+        trained.run, trained.arm, name, trained.known, page, choices.license, details, is_adapter
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     manifest = trained.arm.manifest if trained.arm else {}
     note = {

@@ -16,6 +16,7 @@ import numpy as np
 
 from tokenclean.data.cleaned import CleanedBlock
 from tokenclean.data.pieces import TokenTexts
+from tokenclean.data.template import surroundings
 from tokenclean.export.formats import Files, numbers, write_lines
 
 
@@ -49,13 +50,9 @@ class SpanWriter:
         self.add_special_tokens = template != "chat"
         self.exact, self.shared = 0, 0
         self._texts = TokenTexts(tokenizer)
-        self._prefix: list[int] = []
-        self._suffix: list[int] = []
-        if self.add_special_tokens:
-            whole = tokenizer("a")["input_ids"]
-            bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-            at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-            self._prefix, self._suffix = whole[:at], whole[at + len(bare) :]
+        around = surroundings(tokenizer) if self.add_special_tokens else ([], [])
+        self._prefix, self._suffix = around
+        self._added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
     def write(self, folder: Path, blocks: Iterable[CleanedBlock]) -> Files:
         """Write every sample of some blocks."""
@@ -66,34 +63,55 @@ class SpanWriter:
         for block in blocks:
             inner = [self._inner(block, row) for row in range(len(block.ids))]
             pieces = [self._texts(block.input_ids[at].tolist()) for at in inner]
-            texts = ["".join(parts) for parts in pieces]
-            again = self.tokenizer(
-                texts,
-                add_special_tokens=self.add_special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            ids = [block.input_ids[block.tokens_of(row)].tolist() for row in range(len(block.ids))]
+            exact = self._give_back(pieces, ids)
+            for row in np.flatnonzero(~exact).tolist():
+                at = inner[row]
+                less = self._without_blanks(block.input_ids[at].tolist(), pieces[row])
+                if less != pieces[row] and self._give_back([less], [ids[row]])[0]:
+                    pieces[row], exact[row] = less, True
+            self.exact += int(exact.sum())
             for row, at in enumerate(inner):
-                exact = again[row] == block.input_ids[block.tokens_of(row)].tolist()
-                self.exact += exact
                 yield {
                     "id": block.ids[row],
                     "source": block.sources[row],
                     "round": int(block.rounds[row]),
-                    "exact": exact,
-                    "text": texts[row],
+                    "exact": bool(exact[row]),
+                    "text": "".join(pieces[row]),
                     **self._ranges(block, at, [len(p) for p in pieces[row]]),
                 }
 
+    def _give_back(self, pieces: list[list[str]], ids: list[list[int]]) -> np.ndarray:
+        """Which texts, in pieces, give these ids when they are tokenised: bool, shape (R,)."""
+        again = self.tokenizer(
+            ["".join(parts) for parts in pieces],
+            add_special_tokens=self.add_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        return np.array([a == b for a, b in zip(again, ids, strict=True)], dtype=bool)
+
+    def _without_blanks(self, ids: list[int], pieces: list[str]) -> list[str]:
+        """Pieces without the blank that tokenizers of SentencePiece's kind put behind each added
+        token, which is no character of the text that they were given."""
+        return [
+            piece[1:] if last in self._added and piece.startswith(" ") else piece
+            for last, piece in zip([None, *ids[:-1]], pieces, strict=True)
+        ]
+
     def _inner(self, block: CleanedBlock, row: int) -> slice:
-        """A row's tokens without what the tokenizer puts around a text by itself."""
+        """A row's tokens without what the tokenizer puts around a text by itself.
+
+        A response's own EOS, at which a sample is cut, is not that, though it may look the same.
+        """
         at = block.tokens_of(row)
         ids = block.input_ids[at].tolist()
         start, stop = at.start, at.stop
         if self._prefix and ids[: len(self._prefix)] == self._prefix:
             start += len(self._prefix)
-        if self._suffix and ids[-len(self._suffix) :] == self._suffix:
-            stop -= len(self._suffix)
+        behind = len(self._suffix)
+        if behind and ids[-behind:] == self._suffix and not block.response[at][-behind:].any():
+            stop -= behind
         return slice(start, max(start, stop))
 
     def _ranges(self, block: CleanedBlock, at: slice, lengths: list[int]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def hparams(run: FinishedRun, arm: CleanedArm) -> dict[str, str | float]:
     selection = manifest.get("selection") or {}
     asked = ((config.get("loop") or {}).get("arms") or {}).get(arm.name) or {}
     found: dict[str, Any] = {
-        "run": run.folder.absolute().name,
+        "run": run.root.name,
         "arm": arm.name,
         "rule": selection.get("rule"),
         "level": selection.get("scope"),

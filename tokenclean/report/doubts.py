@@ -18,6 +18,9 @@ DOUBTS: Final = 12
 _CANDIDATES: Final = 4 * DOUBTS
 #: Kept neighbours on either side that make a dropped token a hole in a kept stretch.
 _BESIDE: Final = 2
+#: Nats: a token that both models give 9 chances in 10 teaches nothing, so its drop is no loss.
+KNOWN: Final = 0.1
+_KNOWN_NOTE: Final = f"Tokens whose losses are all below {KNOWN} nats are left out."
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Doubt:
         row: its sample.
         position: in the sample.
         value: what its list is ordered by, largest first.
+        cut: of the score, where it was ranked; NaN where there is none.
     """
 
     row: Row
     position: int
     value: float
+    cut: float = np.nan
 
 
 @dataclass
@@ -41,11 +46,13 @@ class Doubts:
 
     Attributes:
         title: what they have in common.
+        short: the same in few words.
         note: why that may be wrong, and why it may not.
         found: token id -> the best of the tokens with that id.
     """
 
     title: str
+    short: str
     note: str
     found: dict[int, Doubt] = field(default_factory=dict)
 
@@ -72,20 +79,25 @@ class DoubtLists:
         self.lists = {
             "truth": Doubts(
                 "Informative by planted truth, and dropped",
+                "informative by planted truth",
                 "Wrong drops for certain, since this pool's noise is known; highest loss first.",
             ),
             "holes": Doubts(
                 "Single tokens dropped out of a kept stretch",
+                "dropped between kept tokens",
                 "The two tokens before and after are kept, so the drop is no noisy sentence. "
-                "Highest loss first: the model did not expect it, and still it is not learnt.",
+                "Highest loss first: the model did not expect it, and still it is not learnt. "
+                f"{_KNOWN_NOTE}",
             ),
             "near": Doubts(
                 "Just below the cut",
+                "just below the cut",
                 "The next to be kept, had a little more been kept; nearest to the cut first. Some "
-                "are as good as what was kept.",
+                f"are as good as what was kept. {_KNOWN_NOTE}",
             ),
             "surprising": Doubts(
                 "Dropped with the highest loss",
+                "of the highest loss",
                 "What the model expected least. Much of it is noise that no model can learn; a "
                 "fact among it is a loss.",
             ),
@@ -111,16 +123,17 @@ class DoubtLists:
         scored = dropped & ~np.isnan(loss)
         if block.truth is not None:
             wrong = dropped & (block.truth > UNINFORMATIVE)
-            self._offer("truth", maker, block, wrong, loss)
+            self._offer("truth", maker, block, wrong, loss, cut)
         beside = np.ones(len(kept), dtype=bool)
         for shift in (s for n in range(1, _BESIDE + 1) for s in (n, -n)):
             near = np.roll(kept, shift)
             near[: max(shift, 0)] = False
             near[len(near) + min(shift, 0) :] = False
             beside &= near & (np.roll(block.row, shift) == block.row)
-        self._offer("holes", maker, block, scored & beside, loss)
-        self._offer("near", maker, block, dropped & (block.score <= cut), block.score - cut)
-        self._offer("surprising", maker, block, scored, loss)
+        new = scored & (np.fmax(block.base, block.reference) >= KNOWN)
+        self._offer("holes", maker, block, new & beside, loss, cut)
+        self._offer("near", maker, block, new & (block.score <= cut), block.score - cut, cut)
+        self._offer("surprising", maker, block, scored, loss, cut)
 
     def _offer(
         self,
@@ -129,6 +142,7 @@ class DoubtLists:
         block: CleanedBlock,
         among: np.ndarray,
         values: np.ndarray,
+        cut: np.ndarray,
     ) -> None:
         at = np.flatnonzero(among)
         value = np.nan_to_num(values[at].astype(np.float64), nan=-np.inf)
@@ -140,8 +154,12 @@ class DoubtLists:
             token, worth = int(block.input_ids[at[i]]), float(value[i])
             if token in found and found[token].value >= worth:
                 continue
+            place = int(at[i])
             found[token] = Doubt(
-                maker.row(int(block.row[at[i]])), int(block.position[at[i]]), worth
+                maker.row(int(block.row[place])),
+                int(block.position[place]),
+                worth,
+                float(cut[place]),
             )
         for token in sorted(found, key=lambda t: _order(found[t]))[_CANDIDATES:]:
             del found[token]

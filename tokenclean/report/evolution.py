@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tokenclean.evaluation.planted import Accuracy
 from tokenclean.report.content import Section
 from tokenclean.report.counted import ALL, Counted
 from tokenclean.report.figures import draw_matrix
@@ -19,6 +20,7 @@ from tokenclean.report.rounds import (
     read_panel,
     round_results,
 )
+from tokenclean.report.writing import with_errors, without
 
 #: Sources that have a line of their own in the figure: the largest ones.
 _LINES = 12
@@ -78,7 +80,9 @@ def _steps(counted: Counted, panel: Fixed | None, section: Section) -> None:
         "away what chance would give. Panel above the round's cut: share of the panel's tokens "
         "whose score reaches the cut that the round drew through its own rows."
     ]
-    section.tables.append(write.table("rounds", "Rounds", header, rows, notes))
+    told = without(header, rows, header[1:], None)
+    said = [] if panel is None else notes
+    section.tables.append(write.table("rounds", "Rounds", *told, said, (header, rows)))
 
     def line(label: str, column: int) -> Series:
         known = [row for row in rows if row[column] is not None and not math.isnan(row[column])]
@@ -130,12 +134,15 @@ def _matrix(counted: Counted, panel: Fixed, section: Section) -> None:
             write.table(f"panel-{name}", f"{title} of two rounds on the panel", ["", *names], rows)
         )
     values = [[None if math.isnan(k := found[a, b].kappa) else k for b in numbers] for a in numbers]
-    draw_matrix(write.path("panel-kappa"), names, values, "Cohen's kappa", 9)
+    least = min((k for row in values for k in row if k is not None), default=0.0)
+    lowest = math.floor(10 * min(least, 0.9)) / 10
+    draw_matrix(write.path("panel-kappa"), names, values, "Cohen's kappa", 9, lowest)
     section.drawings.append(
         write.drawing(
             "panel-kappa",
             "Agreement of the rounds' masks on the panel",
-            "Cohen's kappa of the masks of two rounds: 1 for equal masks, 0 for chance.",
+            "Cohen's kappa of the masks of two rounds: 1 for equal masks, 0 for chance. The "
+            f"colours begin at {lowest:g}.",
             "Matrix of kappa between rounds; the table above has the same numbers.",
             ["", *names],
             [[name, *row] for name, row in zip(names, values, strict=True)],
@@ -167,34 +174,37 @@ def _families(counted: Counted, section: Section) -> None:
     header = [
         "source",
         *(f"mean score, round {t} (nats)" for t in numbers),
-        "change of the score",
+        "change of the score (nats)",
         *(f"kept share, round {t}" for t in numbers),
         "change of the share",
         "± (95 %)",
         "verdict",
     ]
-    section.tables.append(
-        write.table(
-            "families",
-            "Who gains and who loses from the first to the last round",
-            header,
-            rows,
-            [
-                "gains or loses: the kept share of the source changed by more than its 95 % "
-                "interval, which is over samples; rounds clean different rows. What one source "
-                "gains, others lose where the keep share is fixed.",
-            ],
-        )
-    )
+    if counted.tally.keeps_all:
+        section.text.append("Every round keeps every token, so no source gains or loses any.")
+    else:
+        section.text.append(_who(rows))
+        n = len(numbers)
+        # the ends of what changed; the rounds between them are drawn
+        few = [0, n + 1, *sorted({n + 2, 2 * n + 1}), *range(2 * n + 2, len(header))]
+        told = [header[i] for i in few], [[row[i] for i in few] for row in rows]
+        notes = [
+            "gains or loses: the kept share of the source changed by more than its 95 % interval, "
+            "which is over samples; rounds clean different rows. What one source gains, others "
+            "lose where the keep share is fixed. The rounds between are in the figure and the file."
+        ]
+        title = "Who gains and who loses from the first to the last round"
+        told = without(*told, ["change of the score (nats)"], None)
+        section.tables.append(write.table("families", title, *told, notes, (header, rows)))
     size = {
         s: sum(m.tokens for (_, source), m in means.found.items() if source == s)
         for s in means.sources()
     }
-    shown = sorted(sorted(size), key=lambda s: -size[s])[:_LINES]
+    largest = sorted(sorted(size), key=lambda s: -size[s])[:_LINES]
 
     def lines(value: Any) -> list[Series]:
         series = []
-        for source in sorted(shown):
+        for source in sorted(largest):
             points = [
                 (t, v)
                 for t in numbers
@@ -204,24 +214,59 @@ def _families(counted: Counted, section: Section) -> None:
                 series.append(Series(source, [t for t, _ in points], [v for _, v in points]))
         return series
 
+    kept = [] if counted.tally.keeps_all else lines(lambda m: m.kept_share)
     panels = [
-        Panel("Kept share", "round", "kept share", lines(lambda m: m.kept_share), whole=True),
+        Panel("Kept share", "round", "kept share", kept, whole=True),
         Panel("Mean score", "round", "score (nats)", lines(lambda m: m.mean("score")), whole=True),
     ]
     panels = [p for p in panels if p.series]
-    draw_series(write.path("families"), panels, 2)
-    rest = len(size) - len(shown)
+    if not panels:
+        return
+    draw_series(write.path("families"), panels, 2, means.sources())
+    rest = len(size) - len(largest)
     section.drawings.append(
         write.drawing(
             "families",
             "Sources round by round",
-            "Kept share and mean score of each source in the rows of each round."
-            + (f" The {_LINES} largest sources; {rest} more are in the table." if rest else ""),
+            f"{' and '.join(p.title for p in panels)} of each source in the rows of each round."
+            + (f" The {_LINES} largest sources; {rest} more are in the file." if rest else ""),
             "; ".join(f"{row[0]} {row[-1]}" for row in rows) + ".",
             header,
             rows,
         )
     )
+
+
+def _who(rows: list[list[Any]]) -> str:
+    """The verdicts in a sentence."""
+    by: dict[str, list[str]] = {}
+    for row in rows:
+        by.setdefault(row[-1], []).append(row[0])
+    if len(by.get("not resolved", [])) == len(rows):
+        return (
+            "Who gains and who loses: no source's kept share changed by more than its 95 % "
+            "interval from the first round to the last."
+        )
+    parts = [f"{v}: {', '.join(by[v])}" for v in ("gains", "loses") if v in by]
+    parts += [
+        f"{v}: {len(by[v])} of {len(rows)} sources"
+        for v in ("not resolved", "not known")
+        if v in by
+    ]
+    return f"Kept share from the first round to the last: {'; '.join(parts)}."
+
+
+def _broken(label: str, found: dict[int, Accuracy]) -> Series:
+    """A line over rounds, in percent, that is not drawn across rounds that are not known."""
+    x: list[float] = []
+    y: list[float] = []
+    error: list[float] = []
+    for t, accuracy in found.items():
+        if x and t - x[-1] > 1:
+            x, y, error = [*x, math.nan], [*y, math.nan], [*error, math.nan]
+        x, y = [*x, t], [*y, 100 * accuracy.share]
+        error = [*error, 100 * accuracy.standard_error]
+    return Series(label, x, y, error)
 
 
 def _accuracies(counted: Counted, section: Section) -> None:
@@ -242,7 +287,10 @@ def _accuracies(counted: Counted, section: Section) -> None:
     series = []
     for source in [ALL, *sources]:
         found = {t: r.accuracy[source] for t, r in results.items() if source in r.accuracy}
-        cells = [100 * found[t].share if t in found else None for t in results]
+        cells: list[float | None] = []
+        for t in results:
+            a = found.get(t)
+            cells += [None, None] if a is None else [100 * a.share, 100 * a.standard_error]
         along = [t for t in found if t >= 0]
         change, verdict = None, "not known"
         if len(along) > 1:
@@ -252,32 +300,39 @@ def _accuracies(counted: Counted, section: Section) -> None:
             if is_change(one, other):
                 verdict = "gains" if change > 0 else "loses"
         rows.append([source, *cells, change, verdict])
-        series.append(
-            Series(
-                source,
-                list(found),
-                [100 * a.share for a in found.values()],
-                [100 * a.standard_error for a in found.values()],
-            )
-        )
-    header = ["source", *(f"{names[t]} (%)" for t in results), "change", "verdict"]
+        series.append(_broken(source, found))
+    header = [
+        "source", *(h for t in results for h in (f"{names[t]} (%)", f"{names[t]} ±")), "change",
+        "verdict",
+    ]  # fmt: skip
+    page = [
+        [
+            row[0],
+            *with_errors(row[1:-2], 1),
+            None if row[-2] is None else f"{row[-2]:+.1f}".replace("-", "−"),
+            row[-1],
+        ]
+        for row in rows
+    ]
+    told = ["source", *(names[t] for t in results), "change", "verdict"], page
     notes = [
-        "Test accuracy in percent; the change is from the first to the last model of the arm's own "
-        "rounds, the warm-up being the first where it was evaluated; gains or loses: by more than "
-        "two standard errors, as of independent questions."
+        "±: standard error, as of independent questions; the change is from the first to "
+        "the last model of the arm's own rounds, the warm-up being the first where it was "
+        "evaluated; gains or loses: by more than two standard errors."
     ]
     write = counted.writer
-    section.tables.append(write.table("accuracy", "Accuracy by round", header, rows, notes))
+    title = "Test accuracy by round, in percent"
+    section.tables.append(write.table("accuracy", title, *told, notes, (header, rows)))
     shown = series[: _LINES + 1]
     ticks = {float(t): names[t].removeprefix("round ") for t in results}
     if len(results) > 1:
         axes = Panel("Accuracy", "model after round", "test accuracy (%)", shown, ticks=ticks)
-        draw_series(write.path("accuracy"), [axes], 1)
+        draw_series(write.path("accuracy"), [axes], 1, counted.tally.means.sources())
         section.drawings.append(
             write.drawing(
                 "accuracy", "Accuracy by round",
-                "Bars are standard errors over questions; rounds that were not evaluated are "
-                "skipped.",
+                "Bars are standard errors over questions; no line is drawn across rounds that were "
+                "not evaluated.",
                 "; ".join(f"{row[0]} {row[-1]}" for row in rows) + ".",
                 header, rows,
             )

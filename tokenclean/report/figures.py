@@ -18,7 +18,11 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"
 )  # fmt: skip
 #: Of the classes of a scatter plot; the third is rare and must be seen on top of the others.
-CLASSES = ("#0072B2", "#E69F00", "#000000")
+CLASSES = ("#0072B2", "#D55E00", "#000000")
+CLASS_MARKS = ("o", "x", "D")
+#: The line on which two losses are equal, seen on top of a cut that lies along it.
+NO_CHANGE: dict[str, Any] = {"color": "#D55E00", "linewidth": 1.3, "linestyle": ":", "zorder": 3}
+CUT: dict[str, Any] = {"color": "#000000", "linewidth": 1.3, "zorder": 2.5}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 
 
@@ -107,7 +111,12 @@ class Cloud:
 
 
 def draw_clouds(
-    path: Path, clouds: list[Cloud], x_label: str, y_label: str, top: float | None = None
+    path: Path,
+    clouds: list[Cloud],
+    x_label: str,
+    y_label: str,
+    top: float | None = None,
+    columns: int = 4,
 ) -> None:
     """Scatter plots side by side with one scale for all axes, so that panels can be compared.
 
@@ -116,6 +125,7 @@ def draw_clouds(
         clouds: a panel each.
         x_label, y_label: names and units.
         top: upper end of the axes; by default that of the largest value.
+        columns: panels in a row, at most.
     """
     labels = list(dict.fromkeys(label for cloud in clouds for label in cloud.points))
     if top is None:
@@ -123,7 +133,7 @@ def draw_clouds(
             (max(v) for c in clouds for xy in c.points.values() for v in xy if len(v)), default=1.0
         )
     limits = (-0.02 * top, 1.02 * top)
-    columns = min(len(clouds), 4)
+    columns = min(len(clouds), columns)
     rows = -(-len(clouds) // columns)
     figure = Figure(figsize=(2.6 + 2.9 * columns, 0.5 + 2.9 * rows), dpi=150)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -137,14 +147,14 @@ def draw_clouds(
     for axes in grid[:, 0]:
         axes.set_ylabel(y_label)
     keys: list[Any] = [
-        Line2D([], [], color=CLASSES[i], marker=MARKERS[i], linestyle="", markersize=5)
+        Line2D([], [], color=CLASSES[i], marker=CLASS_MARKS[i], linestyle="", markersize=5)
         for i in range(len(labels))
     ]
     names = list(labels)
     if any(cloud.cut is not None for cloud in clouds):
-        keys.append(Line2D([], [], color="black", linewidth=1))
+        keys.append(Line2D([], [], **CUT))
         names.append("cut: kept below")
-    keys.append(Line2D([], [], color="#777777", linewidth=0.8, linestyle=":"))
+    keys.append(Line2D([], [], **NO_CHANGE))
     names.append("no change")
     figure.legend(keys, names, loc="outside right center", frameon=False, fontsize=9)
     save(figure, path)
@@ -153,11 +163,15 @@ def draw_clouds(
 def _cloud(axes: Axes, cloud: Cloud, labels: list[str], limits: tuple[float, float]) -> None:
     for label, (x, y) in cloud.points.items():
         i = labels.index(label)
-        size, alpha = (7, 0.4) if i < 2 else (14, 0.9)
-        axes.scatter(x, y, s=size, color=CLASSES[i], marker=MARKERS[i], alpha=alpha, linewidths=0)
-    axes.axline((0, 0), slope=1, color="#777777", linewidth=0.8, linestyle=":")
+        size, alpha = (12, 0.45) if i < 2 else (16, 0.9)
+        # crosses are lines alone, the others have none around them
+        width = 0.9 if CLASS_MARKS[i] == "x" else 0.0
+        axes.scatter(
+            x, y, s=size, color=CLASSES[i], marker=CLASS_MARKS[i], alpha=alpha, linewidths=width
+        )
+    axes.axline((0, 0), slope=1, **NO_CHANGE)
     if cloud.cut is not None:
-        axes.axline((0, -cloud.cut), slope=1, color="black", linewidth=1)
+        axes.axline((0, -cloud.cut), slope=1, **CUT)
     axes.set_xlim(limits)
     axes.set_ylim(limits)
     axes.set_box_aspect(1)
@@ -165,7 +179,12 @@ def _cloud(axes: Axes, cloud: Cloud, labels: list[str], limits: tuple[float, flo
 
 
 def draw_matrix(
-    path: Path, labels: list[str], values: list[list[float | None]], title: str, font: float = 6
+    path: Path,
+    labels: list[str],
+    values: list[list[float | None]],
+    title: str,
+    font: float = 6,
+    lowest: float | None = None,
 ) -> None:
     """A square of numbers between -1 and 1 as a heat map, with the numbers in it.
 
@@ -175,6 +194,8 @@ def draw_matrix(
         values: row by row; None leaves a square white.
         title: what the numbers are.
         font: size of the numbers in points.
+        lowest: where the colours begin, for numbers that use a part of the scale up to 1; by
+            default they are those of the whole scale, its middle white.
     """
     size = 1.8 + 0.42 * len(labels)
     # of few rows, the labels take most of the width
@@ -183,10 +204,13 @@ def draw_matrix(
     axes = figure.subplots()
     numbers = np.array(values, dtype=np.float64)
     # violet to orange: told apart by all readers, and by their darkness where printed grey
-    image = axes.imshow(numbers, cmap="PuOr", vmin=-1, vmax=1)
+    colours, least = ("PuOr", -1.0) if lowest is None else ("cividis_r", lowest)
+    image = axes.imshow(numbers, cmap=colours, vmin=least, vmax=1)
+    # numbers are white where the colour is dark: at both ends, or at the upper one
+    dark = 0.6 if lowest is None else (1 + lowest) / 2
     for (row, column), value in np.ndenumerate(numbers):
         if not np.isnan(value):
-            colour = "white" if abs(value) > 0.6 else "black"
+            colour = "white" if (abs(value) if lowest is None else value) > dark else "black"
             text = f"{value:z.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=font, color=colour)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)

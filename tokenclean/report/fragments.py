@@ -10,15 +10,13 @@ from typing import Final
 from urllib.parse import quote
 
 from tokenclean.report.content import Drawing, Section, Table
-from tokenclean.report.doubts import Doubts
-from tokenclean.report.embedded import Texts
 from tokenclean.report.plain import columns, is_unseen, visible
-from tokenclean.report.shown import Row
 
 #: Rows of a table that the page shows; the CSV has all.
 MAX_ROWS: Final = 250
-#: Tokens before and after a doubted one.
-CONTEXT: Final = 8
+#: A table of more rows than `FOLD` shows `FIRST` of them, and the rest when asked.
+FOLD: Final = 12
+FIRST: Final = 10
 
 
 def text(value: str) -> str:
@@ -37,11 +35,14 @@ def attribute(value: str) -> str:
 
 
 def slug(name: str, taken: set[str]) -> str:
-    """A name that can stand in links, unlike those taken; it is taken then."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "x"
+    """A name that can stand in links, unlike those taken; it is taken then.
+
+    It has no hyphen, which joins it to the names of what lies within.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("_.") or "x"
     found, n = plain, 2
     while found in taken:
-        found, n = f"{plain}-{n}", n + 1
+        found, n = f"{plain}_{n}", n + 1
     taken.add(found)
     return found
 
@@ -87,14 +88,27 @@ def table(content: Table, place: str, said: Collection[str] = ()) -> str:
     notes = [note for note in content.notes if note not in said]
     if len(content.rows) > MAX_ROWS:
         notes.append(f"The first {MAX_ROWS:,} of {len(content.rows):,} rows.")
-    numbers = f'Numbers: <a href="tables/{quote(content.name)}.csv">{text(content.name)}.csv</a>.'
+    numbers = f"Numbers: {file_link(f'tables/{content.name}.csv', f'{content.name}.csv')}."
     words = " ".join([*(text(note) for note in notes), numbers])
+    # settings are looked up, not read down
+    folded = len(lines) > FOLD and list(content.header) != ["setting", "value"]
+    at_once = FIRST if folded else len(lines)
+    bodies = f"<tbody>{''.join(lines[:at_once])}</tbody>"
+    more = ""
+    if folded:
+        bodies += f'<tbody class="rest">{"".join(lines[at_once:])}</tbody>'
+        more = f"<details><summary>{len(lines) - at_once:,} more rows</summary></details>"
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{place}">'
         f'<table><caption id="{place}">{text(content.title)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead>{bodies}</table></div>{more}"
         f'<p class="note">{words}</p>'
     )
+
+
+def file_link(path: str, says: str) -> str:
+    """A link to a file beside the page; it opens beside it, so that the place here is kept."""
+    return f'<a href="{quote(path)}" target="_blank" rel="noopener">{text(says)}</a>'
 
 
 def _kind_of(cells: Sequence[str]) -> str:
@@ -110,10 +124,9 @@ def figure(drawing: Drawing, image: tuple[str, int, int] | None) -> str:
     Args:
         image: its data URI, width and height in pixels of the page; None where it was left out.
     """
-    file = quote(drawing.name)
-    links = (
-        f'<a href="figures/{file}.png">{text(drawing.name)}.png</a>, '
-        f'<a href="figures/{file}.csv">its numbers</a>'
+    file = f"figures/{drawing.name}"
+    links = f"{file_link(f'{file}.png', f'{drawing.name}.png')}, " + file_link(
+        f"{file}.csv", "its numbers"
     )
     caption = (
         f"<figcaption><b>{text(drawing.title)}.</b> {text(drawing.caption)} "
@@ -150,69 +163,3 @@ def facts(found: Sequence[tuple[str, str]]) -> str:
         + "".join(f"<dt>{text(q)}</dt><dd>{a}</dd>" for q, a in found)
         + "</dl>"
     )
-
-
-def sample_link(place: str, id: str, position: int) -> str:
-    """Where the page's script finds a token of a sample."""
-    return f"#{place}/sample/{quote(id, safe='')}/{position}"
-
-
-def doubts(found: Doubts, place: str, texts: Texts, shown: set[int]) -> str:
-    """A list of doubted tokens in their context.
-
-    Args:
-        place: id of the arm.
-        texts: what the samples read as.
-        shown: numbers of the rows that the page has.
-    """
-    lines = []
-    for doubt in found.best():
-        row, at = doubt.row, doubt.position - doubt.row.first
-        inside = int(row.response[:at].sum())
-        values = [row.base[inside], row.reference[inside], row.score[inside]]
-        cells = "".join(
-            f'<td class="number">{"–" if v != v else f"{v:.4f}".replace("-", "−")}</td>'
-            for v in values
-        )
-        name, kind = text(row.id), "short" if len(row.id) <= 24 else "words"
-        if row.number in shown:
-            name = f'<a href="{attribute(sample_link(place, row.id, doubt.position))}">{name}</a>'
-        lines.append(
-            f'<tr><th scope="row" class="context-cell">{context(row, at, texts)}</th>{cells}'
-            f'<td class="{kind}">{name}</td><td class="words">{text(row.source)}</td></tr>'
-        )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{attribute(found.title)}">'
-        f"<table><caption>{text(found.title)}</caption><thead><tr>"
-        '<th scope="col" class="words">token (framed), in its context</th>'
-        '<th scope="col" class="number">base loss</th>'
-        '<th scope="col" class="number">reference loss</th>'
-        '<th scope="col" class="number">score</th>'
-        '<th scope="col" class="words">sample</th><th scope="col" class="words">source</th>'
-        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="note after">{text(found.note)} No two of one sample or of one token.</p>'
-    )
-
-
-def context(row: Row, at: int, texts: Texts) -> str:
-    """A token and its neighbours, coloured as in the browser of samples."""
-    pieces = texts.of(row)
-    weight = iter(row.weight.tolist())
-    kinds = [_kind(next(weight)) if inside else "prompt" for inside in row.response.tolist()]
-    low, high = max(0, at - CONTEXT), min(len(pieces), at + CONTEXT + 1)
-    spans = []
-    for i in range(low, high):
-        shown = text(clipped(pieces[i]).replace("\n", "↵")) or "·"
-        shown = f"<b>{shown}</b>" if i == at else shown
-        spans.append(f'<span class="t {kinds[i]}">{shown}</span>')
-    before, after = "… " if low else "", " …" if high < len(pieces) else ""
-    return f'<span class="context">{before}{"".join(spans)}{after}</span>'
-
-
-def clipped(piece: str, most: int = 40) -> str:
-    """A token's text, cut short where it is a page of its own."""
-    return piece if len(piece) <= most else f"{piece[: most - 1]}…"
-
-
-def _kind(weight: float) -> str:
-    return "kept" if weight > 0 else "unlearnt" if weight < 0 else "dropped"

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tokenclean.finished import CleanedArm, FinishedRun
-from tokenclean.report.samples import Count, Draw, cut_of
+from tokenclean.report.plain import number, share
+from tokenclean.report.samples import MAX_SOURCES, OTHERS, Count, Draw, cut_of
+from tokenclean.report.verdict import verdict
 from tokenclean.selection.rule import PACKAGE, make_rule
 
 #: How the reference of each schedule came about.
@@ -19,16 +21,6 @@ REFERENCES: Final = {
 }
 #: Name of the scalar of a round that says how alike its mask and the one before are.
 AGREEMENT: Final = "agreement"
-
-
-def share(kept: int, total: int) -> str:
-    """``60.0 %``, or a dash where there is nothing."""
-    return f"{kept / total:.1%}".replace("%", " %") if total else "–"
-
-
-def number(n: int, noun: str) -> str:
-    """``1 sample``, ``2,000 samples``."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def facts(
@@ -45,7 +37,8 @@ def facts(
         ("Cleaned", _cleaned(arm, draw)),
         ("Rule", _rule(run, arm)),
         ("Models", _models(run, arm)),
-        ("Kept", _kept(arm, draw)),
+        ("Kept", _kept(draw)),
+        *verdict(run, arm, draw.fate),
         ("Cut", _cut(arm)),
         ("Lost most", _lost_most(draw.sources)),
         *changed_most(arm, draw, scalars),
@@ -56,7 +49,7 @@ def _cleaned(arm: CleanedArm, draw: Draw) -> str:
     manifest = arm.manifest
     response = int(manifest.get("response_tokens") or 0)
     text = (
-        f"{number(draw.samples, 'sample')} of {number(len(draw.sources), 'source')} with "
+        f"{number(draw.samples, 'sample')} of {_how_many(draw.sources)} with "
         f"{number(response, 'response token')}"
     )
     rest = response - sum(c.ranked for c in draw.sources.values())
@@ -68,6 +61,12 @@ def _cleaned(arm: CleanedArm, draw: Draw) -> str:
     elif rest > 0:
         text += f"; {rest:,} of these tokens were not ranked, as the reference had seen them"
     return text + "."
+
+
+def _how_many(sources: Mapping[str, Count]) -> str:
+    if OTHERS in sources:
+        return f"more than {MAX_SOURCES} sources"
+    return number(len(sources), "source")
 
 
 def _rule(run: FinishedRun, arm: CleanedArm) -> str:
@@ -107,6 +106,14 @@ def _ranks(rule: str, options: Mapping[str, Any]) -> bool:
         return True
 
 
+def _goes_by_score(selection: Mapping[str, Any]) -> bool:
+    try:
+        rule = make_rule(str(selection.get("rule")), selection.get("options") or {})
+    except ValueError:
+        return False
+    return rule.ranked and rule.by_score
+
+
 def _about(rule: str) -> str:
     """The first line of what a rule of this package says of itself."""
     try:
@@ -138,13 +145,16 @@ def _models(run: FinishedRun, arm: CleanedArm) -> str:
     return text
 
 
-def _kept(arm: CleanedArm, draw: Draw) -> str:
+def _kept(draw: Draw) -> str:
     ranked = sum(c.ranked for c in draw.sources.values())
     kept = sum(c.kept for c in draw.sources.values())
-    return (
+    text = (
         f"{kept:,} of {number(ranked, 'ranked response token')} ({share(kept, ranked)}); "
         f"{ranked - kept:,} dropped."
     )
+    if draw.fate.unlearnt:
+        text += f" {draw.fate.unlearnt:,} of these have a negative weight: they are unlearnt."
+    return text
 
 
 def _cut(arm: CleanedArm) -> str:
@@ -162,11 +172,17 @@ def _cut(arm: CleanedArm) -> str:
     elif manifest.get("cut") is not None:
         near = manifest.get("near_cut")
         text = f"{what} from {_cut_text(manifest['cut'])} upwards is kept."
-        if near is not None:
-            text += f" {near:.2%} of the tokens are nearer to it than numerical noise."
-        return text.replace("%", " %")
-    rule = (manifest.get("selection") or {}).get("rule")
-    return f"No one cut of the score: {rule} does not rank the pool by it."
+        if near is not None and manifest.get("ranked_tokens"):
+            tokens = round(near * manifest["ranked_tokens"])
+            text += f" {number(tokens, 'token')} nearer to it than numerical noise."
+        return text
+    selection = manifest.get("selection") or {}
+    if _goes_by_score(selection):
+        if selection.get("scope") == "sample":
+            return f"No one cut: every sample has its own, of the {what}."
+        if selection.get("scope") == "whole_sample":
+            return f"No one cut: whole samples are ranked by their mean {what}."
+    return f"No one cut of the score: {selection.get('rule')} does not rank the pool by it."
 
 
 def _cut_text(cut: float) -> str:
@@ -174,7 +190,7 @@ def _cut_text(cut: float) -> str:
 
 
 def _lost_most(sources: Mapping[str, Count]) -> str:
-    lost = {name: count for name, count in sources.items() if count.dropped}
+    lost = {name: c for name, c in sources.items() if c.dropped and name != OTHERS}
     if not lost:
         return "No source lost a token."
     most = max(lost, key=lambda name: (lost[name].dropped, name))

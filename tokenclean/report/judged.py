@@ -10,6 +10,7 @@ from tokenclean.report.content import Section
 from tokenclean.report.counted import ALL, Counted
 from tokenclean.report.plots import Panel, Series, draw_series
 from tokenclean.report.truth import CORRUPT, INFORMATIVE, OTHERS, Curves, Truths, curves, operating
+from tokenclean.report.writing import without
 
 #: Points of a curve that are drawn and written.
 _DRAWN: Final = 400
@@ -21,17 +22,21 @@ def truth_section(counted: Counted, truths: Truths) -> Section:
     what = {
         "score": "the score",
         "priority": "the rule's own number (`priority`)",
-        None: "nothing: the pool stores no ranking, so only the mask is judged",
-    }[counted.by]
+    }.get(counted.by or "")
+    known = "The pool is planted, so which tokens are informative is known."
     section.text.append(
-        f"The pool is planted, so which tokens are informative is known. The ranking is by {what}. "
-        "AUROC is the chance that an informative token ranks above another one (0.5: no better "
-        "than chance; below: worse); average precision is the area under the precision-recall "
-        "curve. Tokens of equal value count as one threshold. All steps are ranked together."
+        f"{known} The pool stores no ranking, so only the mask is judged."
+        if counted.by is None
+        else f"{known} The ranking is by {what}. AUROC is the chance that an informative token "
+        "ranks above another one (0.5: no better than chance; below: worse); average precision is "
+        "the area under the precision-recall curve. Tokens of equal value count as one threshold. "
+        "All steps are ranked together."
     )
     _areas(counted, truths, section)
     _figure(counted, truths, section)
-    if truths.has_kinds:
+    if counted.tally.keeps_all:
+        section.text.append("Every token is kept, of whatever kind and source.")
+    elif truths.has_kinds:
         section.tables.append(
             counted.writer.table(
                 "kinds",
@@ -61,7 +66,9 @@ def truth_section(counted: Counted, truths: Truths) -> Section:
 def _areas(counted: Counted, truths: Truths, section: Section) -> None:
     rows: list[list[Any]] = []
     for others in (OTHERS, CORRUPT):
-        for source in (None, *sorted(truths.sources)):
+        # a mask that keeps all is the same for every source
+        some = () if counted.tally.keeps_all and counted.by is None else sorted(truths.sources)
+        for source in (None, *some):
             chosen = truths.against(others, source)
             positive = truths["truth"][chosen] == INFORMATIVE
             kept = truths["kept"][chosen]
@@ -79,18 +86,14 @@ def _areas(counted: Counted, truths: Truths, section: Section) -> None:
                     place.false_positive,
                 ]
             )
-    section.tables.append(
-        counted.writer.table(
-            "truth",
-            "Ranking and mask against the truth",
-            [
-                "informative against", "source", "informative", "others", "AUROC",
-                "average precision", "precision of the mask", "informative kept", "others kept",
-            ],
-            rows,
-            ["Precision: informative share of the kept tokens, among those compared."],
-        )
-    )  # fmt: skip
+    header = [
+        "informative against", "source", "informative", "others", "AUROC", "average precision",
+        "precision of the mask", "informative kept", "others kept",
+    ]  # fmt: skip
+    shown = without(header, rows, ["AUROC", "average precision"], None)
+    notes = ["Precision: informative share of the kept tokens, among those compared."]
+    title = "Ranking and mask against the truth"
+    section.tables.append(counted.writer.table("truth", title, *shown, notes, (header, rows)))
 
 
 def _figure(counted: Counted, truths: Truths, section: Section) -> None:

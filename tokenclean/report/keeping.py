@@ -11,8 +11,11 @@ from tokenclean.report.counted import Counted
 from tokenclean.report.curve import GRID, Curve, Rankings, add_up
 from tokenclean.report.plots import Panel, Series, draw_series
 from tokenclean.report.steps import is_ranked, rule_of
+from tokenclean.report.writing import percent, without
 
 _ALL_STEPS: Final = "all steps"
+#: Share of samples left with nothing from which on the figure is logarithmic.
+_FINE: Final = 1e-3
 
 
 def rankings_for(counted: Counted, folder: Path) -> Rankings | None:
@@ -74,9 +77,10 @@ def curve_section(counted: Counted, rankings: Rankings | None) -> Section:
     named = {titles[number]: curve for number, curve in curves.items()}
     if len(named) > 1:
         common = set.intersection(*(set(s) for s in shares.values()))
-        named[_ALL_STEPS] = add_up(
+        together = add_up(
             [replace(c, points=[p for p in c.points if p.keep in common]) for c in curves.values()]
         )
+        named = {_ALL_STEPS: together, **named}
     by_title = {titles[number]: share for number, share in own.items()}
     _draw_curve(counted, section, named, by_title, ranked)
     return section
@@ -107,7 +111,7 @@ def _draw_curve(
     ranked: bool,
 ) -> None:
     write = counted.writer
-    rows = [
+    rows: list[list[Any]] = [
         [
             title,
             point.keep,
@@ -124,14 +128,17 @@ def _draw_curve(
         for title, curve in named.items()
         for point in curve.points
     ]
+    shown = [row for row in rows if row[2] or round(10 * row[1], 6).is_integer()]
     header = [
         "step", "keep share", "actual", "cut", "kept tokens", "samples left with nothing",
         "share of samples", "ends kept", "share of ends",
     ]  # fmt: skip
     notes = ["* is the arm's own keep share."] if ranked else []
-    section.tables.append(
-        write.table("curve", "What other keep shares would keep", header, rows, notes)
-    )
+    if len(shown) < len(rows):
+        notes.append("The file has shares in steps of 0.05.")
+    told = without(header, shown, ["actual"], "")
+    title = "What other keep shares would keep"
+    section.tables.append(write.table("curve", title, *told, notes, (header, rows)))
     steps = {title: curve for title, curve in named.items() if title != _ALL_STEPS}
     marks = sorted({f"{share:.3f}": share for share in own.values()}.items())
     if len(marks) <= 2:
@@ -155,7 +162,7 @@ def _draw_curve(
         Panel("Cut", "keep share", cut, lines(lambda p, c: p.cut)),
         Panel(
             "Samples left with nothing", "keep share", "share of samples",
-            lines(lambda p, c: p.emptied / max(c.samples, 1)), y_limits=(-0.03, 1.03),
+            lines(lambda p, c: p.emptied / max(c.samples, 1)), y_limits=(0.0, 1.3), fine=_FINE,
         ),
         Panel(
             "Ends of responses kept", "keep share", "share of ends",
@@ -165,12 +172,13 @@ def _draw_curve(
     panels = [panel for panel in panels if any(series.x for series in panel.series)]
     for panel in panels:
         panel.at, panel.x_limits = at, (0.0, 1.02)
-    draw_series(write.path("curve"), panels, 3)
+    draw_series(write.path("curve"), panels, 2)
     section.drawings.append(
         write.drawing(
             "curve",
             "Cut, emptied samples and kept ends by keep share",
-            "Each line is one step, ranked by itself; vertical lines are the arm's own shares.",
+            "Each line is one step, ranked by itself; vertical lines are the arm's own shares. "
+            f"Samples left with nothing: logarithmic from {percent(_FINE)} on, linear below.",
             "Lines over the keep share from 0.05 to 1; the table above has their numbers.",
             header,
             rows,

@@ -11,7 +11,11 @@ from tokenclean.report.counted import Counted
 from tokenclean.report.figures import Cloud, draw_clouds
 from tokenclean.report.plots import BarPanel, Plane, draw_bars, draw_planes
 from tokenclean.report.shapes import BEYOND, POINTS, Bars, Shapes
+from tokenclean.report.writing import percent
 
+#: About so many tokens are in the histogram around the cut, at most such a share of the step's;
+#: it reaches so many times the noise at least.
+_NEAR_TOKENS, _NEAR_SHARE, _NEAR_NOISES = 1000, 0.1, 5
 _UNITS: Final = {"score": "score (nats)", "priority": "priority (the rule's own number)"}
 
 
@@ -27,7 +31,25 @@ def shapes_for(counted: Counted) -> Shapes:
     span = (0.0, 1.0) if low is None or high is None else (low, high)
     if span[1] <= span[0]:
         span = (span[0] - 0.5, span[0] + 0.5)
-    return Shapes(counted.steps, limit, counted.by, span)
+    return Shapes(counted.steps, limit, counted.by, span, _reaches(counted))
+
+
+def _reaches(counted: Counted) -> dict[int, float]:
+    """How far around its cut each step's histogram goes: so far that bars are made of tokens.
+
+    The noise alone is too narrow a measure: in single precision, hardly a token is that near.
+    """
+    found = {}
+    if counted.by == "score":
+        total = counted.tally.whole.tokens
+        for step in counted.steps:
+            tokens = counted.tally.means.of_step(step.number).tokens
+            if step.cut is not None and step.noise and tokens:
+                wanted = min(_NEAR_TOKENS, _NEAR_SHARE * tokens)
+                # the tally is of all steps together
+                reach = counted.tally.reach("by", step.cut, wanted * total / tokens)
+                found[step.number] = max(reach, _NEAR_NOISES * step.noise)
+    return found
 
 
 def losses_section(counted: Counted, shapes: Shapes) -> Section:
@@ -57,10 +79,7 @@ def _plane(counted: Counted, shapes: Shapes, section: Section) -> None:
         if any(step.cut is not None for step in steps)
         else "The rule has no cut in this plane, so no line is drawn. "
     )
-    clipped = (
-        f"{beyond:,} of {beyond + inside:,} tokens ({beyond / max(beyond + inside, 1):.2%}) lie "
-        "beyond the axes and are not drawn."
-    )
+    clipped = f"Beyond the axes lie {beyond:,} of {beyond + inside:,} tokens, which are not drawn."
     planes = [Plane(s.title, found[s.number].plane, s.cut) for s in steps]
     draw_planes(write.path("plane"), planes, shapes.edges)
     rows = []
@@ -97,13 +116,14 @@ def _plane(counted: Counted, shapes: Shapes, section: Section) -> None:
             for b, r, k in zip(base, reference, kept, strict=True)
         ]
     labels = "base loss (nats)", "reference loss (nats)"
-    draw_clouds(write.path("points"), clouds, *labels, limit)
+    draw_clouds(write.path("points"), clouds, *labels, limit, columns=2)
     section.drawings.append(
         write.drawing(
             "points",
             "Single tokens in the same plane",
             f"At most {POINTS:,} ranked tokens per panel, drawn with a fixed seed, on the same "
-            f"axes. {cut}Points beyond the axes are not seen; the CSV has them.",
+            f"axes: circles are kept, crosses dropped. {cut}Points "
+            "beyond the axes are not seen; the CSV has them.",
             "Scatter plot of kept and dropped tokens over base loss and reference loss.",
             ["panel", *labels, "kept"],
             points,
@@ -136,7 +156,7 @@ def _histograms(counted: Counted, shapes: Shapes, section: Section) -> None:
         rows += _bar_rows(step.title, found.values)
         if found.near is not None:
             share = step.facts.get("near_cut")
-            title = step.title if share is None else f"{step.title}: {share:.3%} in the band"
+            title = step.title if share is None else f"{step.title}: {percent(share)} in the band"
             near.append(BarPanel(title, found.near, cut, step.noise, logarithmic=False))
     draw_bars(write.path("scores"), panels, unit)
     what = "scores" if counted.by == "score" else "the rule's priorities"
@@ -145,8 +165,9 @@ def _histograms(counted: Counted, shapes: Shapes, section: Section) -> None:
         write.drawing(
             "scores",
             "What the rule goes by",
-            f"Histograms of {what} of kept tokens and, over them, of dropped ones, on a scale that "
-            f"is logarithmic above 1. {beyond:,} of {total:,} tokens lie beyond the axes.",
+            f"Histograms of {what} of kept tokens and, over them, of dropped ones; the counts are "
+            f"on a scale that is logarithmic from one token on. Beyond the axes lie "
+            f"{beyond:,} of {total:,} tokens.",
             f"Histograms of {what} of kept and dropped tokens"
             + "".join(f"; {p.title}: cut at {p.cut:.6g}" for p in panels if p.cut is not None)
             + ".",
@@ -160,9 +181,11 @@ def _histograms(counted: Counted, shapes: Shapes, section: Section) -> None:
             write.drawing(
                 "near-cut",
                 "Around the cut",
-                "The same close to the cut. The band is the numerical noise: tokens in it could "
-                "fall on the other side of the cut if the same models scored again in other "
-                "batches. Counts are not on a logarithmic scale.",
+                "The same close to the cut, about "
+                f"{_NEAR_TOKENS:,} tokens of each step or {percent(_NEAR_SHARE)} of them. The band "
+                "is the numerical noise: tokens in it could fall on the other side of the cut if "
+                "the same models scored again in other batches. Counts are not on a logarithmic "
+                "scale.",
                 "Histograms of scores around the cut with the band of numerical noise: "
                 + "; ".join(panel.title for panel in near)
                 + ".",

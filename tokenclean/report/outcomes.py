@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from tokenclean.cleaning.results import RESULTS, ArmResult
 from tokenclean.data.cleaned import kept_share
-from tokenclean.finished import FinishedRun
+from tokenclean.finished import CleanedArm, FinishedRun
 from tokenclean.report.content import Section
 from tokenclean.report.counted import ALL
 from tokenclean.report.plots import draw_arms
 from tokenclean.report.rounds import run_results
-from tokenclean.report.steps import is_ranked
-from tokenclean.report.writing import Writer
+from tokenclean.report.steps import is_ranked, ranked_blocks
+from tokenclean.report.tallies import SourceCounts
+from tokenclean.report.writing import Writer, with_errors, without
 
 #: Panels of a figure of arms: all, and the first sources.
 _PANELS: Final = 12
@@ -24,12 +27,16 @@ _NOISE: Final = "noise.json"
 
 
 def arms_section(run: FinishedRun, write: Writer) -> Section:
-    """What each arm kept, by its manifest."""
+    """What each arm kept, and what its model reached; every pool is read once."""
+    results = run_results(run)
     rows: list[list[Any]] = []
     for name, arm in run.arms.items():
         manifest = arm.manifest
         selection = manifest["selection"]
         named = ((run.config.get("loop") or {}).get("arms") or {}).get(name) or {}
+        counts = count_samples(arm)
+        result = results.get(name, ArmResult(name))
+        accuracy = result.accuracy.get(ALL)
         rows.append(
             [
                 name,
@@ -38,21 +45,64 @@ def arms_section(run: FinishedRun, write: Writer) -> Section:
                 named.get("weighting"),
                 selection["scope"] if (ranked := is_ranked(arm)) else None,
                 selection["keep"] if ranked else None,
-                kept_share(manifest),
-                manifest.get("cut"),
                 manifest["rows"],
                 manifest["response_tokens"],
+                manifest["ranked_tokens"],
+                kept_share(manifest),
+                manifest.get("cut"),
+                counts.ends_kept / counts.ends if counts.ends else None,
+                counts.emptied,
+                *(
+                    (None, None)
+                    if accuracy is None
+                    else (100 * accuracy.share, 100 * accuracy.standard_error)
+                ),
+                result.validation_nll.get(ALL),
             ]
         )
     header = [
-        "arm", "rule", "schedule", "weighting", "scope", "keep share asked for",
-        "kept share", "cut (nats)", "samples", "response tokens",
+        "arm", "rule", "schedule", "weighting", "scope", "keep share asked for", "samples",
+        "response tokens", "ranked tokens", "kept share", "cut (nats)", "kept share of ends",
+        "samples left with nothing", "accuracy (%)", "accuracy ±", "validation loss (nats)",
     ]  # fmt: skip
     notes = [
         "Rules that decide token by token look at neither scope nor keep share. Arms that cut in "
-        "rounds or halves have no one cut."
+        "rounds or halves have no one cut. Kept shares are of the ranked tokens; the ends are the "
+        "tokens that end a response."
     ]
-    return Section("arms", "The arms", [], [write.table("arms", "Arms", header, rows, notes)])
+    if any(row[7] != row[8] for row in rows):
+        notes.append(
+            "Ranked are fewer than the response tokens where rows were left out: those of D_0, "
+            "which trained a warm-up model uncleaned, or those that the reference was trained on."
+        )
+    if any(row[3] not in (None, "none") for row in rows):
+        notes.append("A weighting weighs the kept tokens anew in training; no pool holds that.")
+    # accuracy and its error in one cell; columns that say nothing are left out
+    page = [[*row[:-3], *with_errors(row[-3:-1], 1), row[-1]] for row in rows]
+    columns = [name for name in header if name != "accuracy ±"]
+    dull = ["schedule", "weighting", "scope", "keep share asked for", "cut (nats)", *columns[-2:]]
+    shown = without(columns, page, [*dull, "kept share of ends"], None)
+    table = write.table("arms", "Arms", *shown, notes, (header, rows))
+    return Section("arms", "The arms", [], [table])
+
+
+def count_samples(arm: CleanedArm) -> SourceCounts:
+    """Samples left with nothing, and ends kept, of an arm; reads its pool once."""
+    eos_id = int(arm.manifest["eos_id"])
+    found = SourceCounts()
+    for ranked in ranked_blocks(arm):
+        size = len(ranked.block.ids)
+        any_ranked, any_kept = (
+            np.bincount(rows, minlength=size) > 0 for rows in (ranked.row, ranked.row[ranked.kept])
+        )
+        end = ranked.block.input_ids[ranked.at] == eos_id
+        found += SourceCounts(
+            samples=int(any_ranked.sum()),
+            emptied=int((any_ranked & ~any_kept).sum()),
+            ends=int(end.sum()),
+            ends_kept=int((end & ranked.kept).sum()),
+        )
+    return found
 
 
 def results_section(run: FinishedRun, write: Writer) -> Section:
@@ -63,16 +113,24 @@ def results_section(run: FinishedRun, write: Writer) -> Section:
     _validation(results, section, write)
     if any(r.mask for r in results.values()):
         rows = [
-            [name, r.mask[ALL].auroc, r.mask[ALL].auroc_corrupted, r.mask[ALL].precision,
-             r.mask[ALL].recall, r.mask[ALL].corrupted_kept]
-            for name, r in results.items() if ALL in r.mask
+            [name, m.tokens, m.auroc, m.auroc_corrupted, m.precision, m.recall, m.corrupted_kept]
+            for name, r in results.items() if (m := r.mask.get(ALL)) is not None
         ]  # fmt: skip
         header = [
-            "arm", "AUROC", "AUROC against corrupted", "precision", "recall",
+            "arm", "tokens judged", "AUROC", "AUROC against corrupted", "precision", "recall",
             "kept share of corrupted",
         ]  # fmt: skip
-        section.tables.append(write.table("masks", "Masks against the planted truth", header, rows))
-    for number, path in enumerate(_benchmarks(run.folder), start=1):
+        notes = []
+        if len({row[1] for row in rows}) > 1:
+            notes.append(
+                "Each mask is judged on the rows that its arm cleaned, which are not the same for "
+                "all arms: without D_0 where there is one. So the same mask, keeping everything, "
+                "can have two precisions."
+            )
+        section.tables.append(
+            write.table("masks", "Masks against the planted truth", header, rows, notes)
+        )
+    for number, path in enumerate(_benchmarks(run.root), start=1):
         _benchmark(path, number, run, section, write)
     if not section.tables:
         section.text.append(
@@ -101,8 +159,13 @@ def _accuracy(results: dict[str, ArmResult], section: Section, write: Writer) ->
             panels.setdefault(source, {})[name] = (value, error)
         rows.append(row)
     header = ["arm", *(h for s in [ALL, *sources] for h in (f"{s} (%)", f"{s} ±"))]
-    notes = ["Test accuracy in percent; ±: standard error, as of independent questions."]
-    section.tables.append(write.table("accuracy", "Test accuracy", header, rows, notes))
+    notes = ["±: standard error, as of independent questions."]
+    section.tables.append(
+        write.table(
+            "accuracy", "Test accuracy in percent", ["arm", ALL, *sources],
+            [[row[0], *with_errors(row[1:], 1)] for row in rows], notes, (header, rows),
+        )
+    )  # fmt: skip
     ordered = [source for source in [ALL, *sources] if source in panels][:_PANELS]
     draw_arms(write.path("accuracy"), {s: panels[s] for s in ordered}, "test accuracy (%)")
     best = max(panels.get(ALL, {"-": (0.0, 0.0)}).items(), key=lambda item: item[1][0])
@@ -158,13 +221,15 @@ def _benchmark(path: Path, number: int, run: FinishedRun, section: Section, writ
                 panels.setdefault(column, {})[model] = (float(value), known)
         rows.append(row)
     header = ["model", *(h for c in columns for h in (c, f"{c} ±"))]
-    place = path.parent.relative_to(run.folder)
+    place = path.parent.relative_to(run.root)
     notes = [f"From {place}; ±: standard error over questions. Shares, not percent."]
-    section.tables.append(write.table(name, f"Benchmarks: {place}", header, rows, notes))
+    shown = [[row[0], *with_errors(row[1:], 3)] for row in rows]
+    section.tables.append(
+        write.table(name, f"Benchmarks: {place}", ["model", *columns], shown, notes, (header, rows))
+    )
     if panels:
-        shown = {column: panels[column] for column in columns if column in panels}
-        shown = dict(list(shown.items())[:_PANELS])
-        draw_arms(write.path(name), shown, "value of the benchmark")
+        drawn = [column for column in columns if column in panels][:_PANELS]
+        draw_arms(write.path(name), {c: panels[c] for c in drawn}, "value of the benchmark")
         section.drawings.append(
             write.drawing(
                 name, f"Benchmarks: {place}", "Points with standard errors over questions.",
@@ -175,7 +240,7 @@ def _benchmark(path: Path, number: int, run: FinishedRun, section: Section, writ
 
 def noise_section(run: FinishedRun, write: Writer) -> Section | None:
     """What `tokenclean noise` found; None if it was not run."""
-    path = run.folder / _NOISE
+    path = run.root / _NOISE
     if not path.is_file():
         return None
     rows: list[list[Any]] = []

@@ -16,10 +16,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from tokenclean.report import fragments
 from tokenclean.report.content import Drawing, Section
+from tokenclean.report.doubted import doubts, first_doubts
 from tokenclean.report.doubts import DOUBTS, Doubts
-from tokenclean.report.embedded import Texts, script_json, sources_of
+from tokenclean.report.embedded import UNITS, Texts, script_json, sources_of, whole
+from tokenclean.report.glossary import WORDS
 from tokenclean.report.samples import Draw, cut_of
 
 #: Of the whole page, its samples among it.
@@ -53,6 +57,11 @@ class ArmPart:
         return self.draw.arm.name
 
     @property
+    def numbers(self) -> set[int]:
+        """Of the rows that the page has."""
+        return {row["number"] for row in self.rows}
+
+    @property
     def doubts(self) -> list[Doubts]:
         """Those with a token in them."""
         return [doubts for doubts in self.draw.doubts.lists.values() if doubts.found]
@@ -82,7 +91,7 @@ def write_page(
     Returns:
         Names of the figures left out.
     """
-    taken = {"data", "tip", "main", "run"}
+    taken = {"data", "tip", "tip-facts", "main", "run", "words"}
     places = [fragments.slug(part.name, taken) for part in parts]
     names = [_drawings(whole), *(_drawings(part.sections) for part in parts)]
     frame = _Frame(title, lead, whole, parts, places, texts)
@@ -141,7 +150,7 @@ class _Frame:
             f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
             f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
         )
-        lead = "".join(f'<p class="lead">{fragments.text(p)}</p>' for p in self.lead)
+        lead = "".join(f'<p class="lead">{fragments.text(p)}</p>' for p in self.lead) + _FILES
         # what is asked first stands first; of several arms there is a table of them
         alone = len(self.parts) == 1
         first = self._facts(self.parts[0], self.places[0]) if alone else ""
@@ -159,7 +168,7 @@ class _Frame:
             '<a class="skip" href="#main">Skip to the report</a>\n<div class="frame">\n'
             f'<nav class="contents" aria-label="Contents">{self._contents()}</nav>\n'
             f'<main id="main" tabindex="-1">\n<h1>{fragments.text(self.title)}</h1>{lead}\n'
-            f"{first}{whole}\n{arms}\n</main>\n</div>\n"
+            f"{first}{whole}\n{arms}{_words()}\n</main>\n</div>\n"
             f'<script type="application/json" id="data">{script_json(self._data())}</script>\n'
             f"<script>{script}</script>\n</body>\n</html>\n"
         )
@@ -168,7 +177,7 @@ class _Frame:
         found = ""
         if self.whole:
             links = "".join(_link(f"run-{i}", s.title) for i, s in enumerate(self.whole))
-            found += f"<h2>This run</h2><ul>{links}</ul>"
+            found += f"<h2>This run</h2><ul>{links}{_link('words', 'Words used')}</ul>"
         if len(self.parts) > 1:
             links = "".join(
                 _link(place, part.name) for part, place in zip(self.parts, self.places, strict=True)
@@ -203,26 +212,15 @@ class _Frame:
     def _facts(self, part: ArmPart, place: str) -> str:
         said = [(q, fragments.text(a)) for q, a in part.facts]
         if part.doubts:
-            said.append(("Look wrong", self._first_doubts(part, place)))
+            few = first_doubts(part.doubts, place, self.texts, part.numbers)
+            said.append(("Look wrong", few))
         return fragments.facts(said)
-
-    def _first_doubts(self, part: ArmPart, place: str) -> str:
-        """Three dropped tokens of the first list that has any."""
-        found = part.doubts[0]
-        three = "".join(
-            f"<li>{fragments.context(d.row, d.position - d.row.first, self.texts)}</li>"
-            for d in found.best()[:3]
-        )
-        return (
-            f'{fragments.text(found.title)} (framed; <a href="#{place}-doubts">more, and why</a>):'
-            f"<ul>{three}</ul>"
-        )
 
     def _doubts(self, part: ArmPart, place: str) -> str:
         if not part.doubts:
             return ""
-        shown = {row["number"] for row in part.rows}
-        lists = "".join(fragments.doubts(d, place, self.texts, shown) for d in part.doubts)
+        rounds = part.draw.has_uncleaned
+        lists = "".join(doubts(d, place, self.texts, part.numbers, rounds) for d in part.doubts)
         return (
             f'<section id="{place}-doubts"><h3>Dropped tokens that look wrong</h3>'
             "<p>Found by what is known of each token, not by judging what it says: lists of at "
@@ -235,11 +233,13 @@ class _Frame:
         per_source = "; ".join(
             f"{source} {n:,}" for source, n in sources_of(part.rows, self.texts).items()
         )
+        chosen = ["those of the lists above"] if part.doubts else []
+        chosen += ["those with the largest and smallest scores"] if part.draw.has_extremes else []
         how = (
             "All samples are shown."
             if len(part.rows) == total
-            else f"Showing {len(part.rows):,} of {total:,} samples: those of the lists above, "
-            "those with the largest and smallest scores, and then, in turn, samples of every "
+            else f"Showing {len(part.rows):,} of {total:,} samples: "
+            f"{', '.join(chosen)}{', and then, ' if chosen else ''}in turn, samples of every "
             "source and of every kept share in it (nothing, up to a quarter, half, three "
             "quarters, less than all, all), drawn by a hash of their ids."
         )
@@ -248,9 +248,9 @@ class _Frame:
             f"{fragments.text(per_source)}.</p>{_legend(part)}"
             '<p class="note">Point at a token, or tab into a text, to see what is known of it. '
             "Arrow keys: left and right go from token to token, up and down from one dropped "
-            "token to the next; Escape closes. A percentile is the share of the arm&#39;s ranked "
-            "response tokens with a smaller value, half of the equal ones included; values that "
-            "agree to 1 in 2,000 count as equal.</p>"
+            "token to the next; Escape closes. The percentile of a value is the share of the "
+            "arm&#39;s ranked response tokens with a smaller value, half of the equal ones "
+            "included; values that agree to 1 in 2,000 count as equal.</p>"
             f'<div id="{place}-browser"><p class="missing">The samples need JavaScript, which is '
             "switched off here. Everything else can be read without.</p></div></section>"
         )
@@ -259,17 +259,47 @@ class _Frame:
         arms = []
         for part, place in zip(self.parts, self.places, strict=True):
             manifest = part.draw.arm.manifest
-            cuts = {n: cut_of(manifest, n) for n in sorted(part.draw.rounds)}
+            found = {n: cut_of(manifest, n) for n in sorted(part.draw.rounds)}
+            cuts = {str(n): np.array([cut]) for n, cut in found.items() if cut is not None}
             arms.append(
                 {
                     "slug": place,
                     "name": part.name,
                     "reasons": manifest.get("reasons") or {},
-                    "cuts": {str(n): cut for n, cut in cuts.items() if cut is not None},
+                    "cuts": {n: whole(cut, UNITS)[0] for n, cut in cuts.items()},
+                    # pools that were not cleaned in rounds say 1 for all rows
+                    "rounds": part.draw.has_uncleaned,
+                    "total": part.draw.samples,
                     "rows": part.rows,
                 }
             )
-        return {"texts": self.texts.entries, "arms": arms}
+        return {"texts": self.texts.entries, "first": _opened(self.parts), "arms": arms}
+
+
+#: Said once: every table and figure has such links.
+_FILES: Final = (
+    '<p class="note">This page holds all that it shows and needs nothing else. Its links to .csv '
+    "and .png files lead to the folders tables and figures beside it, where the report was "
+    "written; if the page was passed on alone, they lead nowhere.</p>"
+)
+
+
+def _opened(parts: Sequence[ArmPart]) -> int:
+    """The arm to open the page on: one where something happened, by its score if there is one."""
+    for happened in (
+        lambda part: part.draw.cuts_by_score,
+        lambda part: part.draw.fate.dropped > 0,
+    ):
+        for i, part in enumerate(parts):
+            if happened(part):
+                return i
+    return 0
+
+
+def _words() -> str:
+    """What the words of the page mean."""
+    said = fragments.facts([(word, fragments.text(meaning)) for word, meaning in WORDS])
+    return f'<details id="words"><summary>Words used in this report</summary>{said}</details>'
 
 
 def _legend(part: ArmPart) -> str:

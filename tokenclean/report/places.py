@@ -12,10 +12,10 @@ from tokenclean.report.counted import Counted
 from tokenclean.report.plots import draw_shares
 from tokenclean.report.ratio import COLUMNS, INTERVAL, Share, wilson
 from tokenclean.report.tallies import BY_LENGTH, BY_POSITION, BY_TURN, BY_TYPE, GROUPS
-from tokenclean.report.tokens import visible
 
-#: Token strings listed, and how often one must occur to be listed by its share.
-LISTED, SELDOM = 30, 20
+#: Tokens listed on the page and in the file, and how often one must occur to be listed by its
+#: share.
+LISTED, IN_FILE, SELDOM = 15, 100, 20
 _TITLES: Final = {
     BY_POSITION: "Position in the response",
     BY_LENGTH: "Length of the response",
@@ -30,6 +30,9 @@ def where_section(counted: Counted) -> Section:
     section = Section("where", "Where in the responses")
     if not tally.whole.tokens:
         section.text.append("No token was ranked.")
+        return section
+    if tally.keeps_all:
+        section.text.append("Every token is kept, wherever it stands.")
         return section
     panels = {}
     numbers: list[list[Any]] = []
@@ -56,7 +59,7 @@ def where_section(counted: Counted) -> Section:
             "Points are kept shares, lines their 95 % intervals over samples; the dashed line is "
             f"the arm's kept share, {tally.whole.value:.3f}. A response is one assistant turn; "
             "positions and lengths are in tokens, in bins that double.",
-            "Four panels of kept shares: "
+            "Panels of kept shares: "
             + "; ".join(f"{title}: {_extremes(found)}" for title, found in panels.items())
             + ".",
             ["panel", "group", "samples", *COLUMNS],
@@ -98,12 +101,19 @@ def strings_section(counted: Counted) -> Section:
     dropped = counts - kept
     low, high = wilson(kept, counts)
     whole = tally.whole.value
-    section.text.append(
-        f"{len(ids):,} different tokens; the arm keeps {_percent(whole)} of all. A token is one "
-        "entry of the vocabulary, in its form within a text: ␣ is a blank, ↵ a line break, ⇥ a "
-        "tab; other signs that do not show are written as \\u{...}."
-    )
+    if tally.keeps_all:
+        section.text.append(f"{len(ids):,} different tokens, every one of them kept everywhere.")
+        return section
     often = counts >= SELDOM
+    section.text += [
+        f"{len(ids):,} different tokens; the arm keeps {_percent(whole)} of all. Of the "
+        f"{int(often.sum()):,} that occur at least {SELDOM} times, "
+        f"{int((often & (kept == 0)).sum()):,} are never kept and "
+        f"{int((often & (dropped == 0)).sum()):,} always.",
+        "A token is one entry of the vocabulary, in its form within a text: ␣ is a blank, ↵ a line "
+        "break, ⇥ a tab, ␍ a carriage return; other signs that do not show are written as "
+        "⟨U+...⟩, bytes that are no whole character as \\x and two digits.",
+    ]
     far = (
         f"Of tokens that occur at least {SELDOM} times, ordered by how far the nearer end of "
         "Wilson's 95 % interval of their kept share lies from the arm's: a rare token must differ "
@@ -130,10 +140,12 @@ def strings_section(counted: Counted) -> Section:
     for name, title, order, chosen, notes in lists:
         places = np.flatnonzero(chosen)
         # of equals, the smaller id
-        best = places[np.argsort(-order[places], kind="stable")][:LISTED]
+        best = places[np.argsort(-order[places], kind="stable")][:IN_FILE]
+        if not len(best):
+            continue  # of an arm that keeps all alike, or few tokens
         rows = [
             [
-                visible(vocabulary.text(int(ids[i]))),
+                vocabulary.shown(int(ids[i])),
                 int(ids[i]),
                 int(counts[i]),
                 int(kept[i]),
@@ -144,7 +156,11 @@ def strings_section(counted: Counted) -> Section:
             for i in best
         ]
         header = ["token", "id", "occurs", "kept", "kept share", "Wilson low", "Wilson high"]
-        section.tables.append(counted.writer.table(name, title, header, rows, notes))
+        if len(rows) > LISTED:
+            notes = [*notes, f"The first {LISTED}; the file has {len(rows)}."]
+        section.tables.append(
+            counted.writer.table(name, title, header, rows[:LISTED], notes, (header, rows))
+        )
     return section
 
 

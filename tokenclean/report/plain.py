@@ -28,6 +28,29 @@ def visible(text: str) -> str:
     return "".join(f"⟨U+{ord(c):04X}⟩" if is_unseen(c) else c for c in text)
 
 
+def share(kept: int, total: int) -> str:
+    """``60.0 %``, or a dash where there is nothing."""
+    return f"{kept / total:.1%}".replace("%", " %") if total else NONE
+
+
+def number(n: int, noun: str) -> str:
+    """``1 sample``, ``2,000 samples``."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def decimal(units: int | None, digits: int, of: int = 5) -> str:
+    """Whole units of ten to the minus ``of`` with so many digits, halves away from zero.
+
+    The page's script does the same, so that a number reads alike wherever it stands.
+    """
+    if units is None:
+        return NONE
+    step = 10 ** (of - digits)
+    rounded = (2 * abs(units) + step) // (2 * step)
+    whole, rest = divmod(rounded, 10**digits)
+    return f"{'−' if units < 0 and rounded else ''}{whole}.{rest:0{digits}d}"
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from tokenclean.report.figures import COLOURS, MARKERS, save
+from tokenclean.evaluation.planted import ALL
+from tokenclean.report.figures import COLOURS, CUT, MARKERS, NO_CHANGE, save
 from tokenclean.report.ratio import Share
 from tokenclean.report.shapes import Bars
 
@@ -27,6 +28,8 @@ KEPT, DROPPED = COLOURS[0], COLOURS[4]
 _CUT, _DARK = "#000000", "#7a5200"
 _SMALL: Final = 8
 _GREY = "#777777"
+#: Of lines: eight that are told apart; black is for all sources together.
+_LINES: Final = (*COLOURS[:6], "#882255", _GREY)
 
 
 def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -119,9 +122,9 @@ def draw_planes(path: Path, planes: list[Plane], edges: np.ndarray) -> None:
         image = axes.pcolormesh(
             edges, edges, shown, norm=LogNorm(1, max(most, 2)), cmap="cividis_r", rasterized=True
         )
-        axes.axline((0, 0), slope=1, color=_GREY, linewidth=0.9, linestyle=":")
+        axes.axline((0, 0), slope=1, **NO_CHANGE)
         if plane.cut is not None:
-            axes.axline((0, -plane.cut), slope=1, color=_CUT, linewidth=1)
+            axes.axline((0, -plane.cut), slope=1, **CUT)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(edges[0], edges[-1])
         axes.set_box_aspect(1)
@@ -131,10 +134,10 @@ def draw_planes(path: Path, planes: list[Plane], edges: np.ndarray) -> None:
         axes.tick_params(labelsize=_SMALL)
     bar = figure.colorbar(image, ax=grid, label="tokens per cell", shrink=0.85)
     bar.ax.tick_params(labelsize=_SMALL)
-    keys = [Line2D([], [], color=_GREY, linewidth=0.9, linestyle=":")]
+    keys = [Line2D([], [], **NO_CHANGE)]
     names = ["no change"]
     if any(plane.cut is not None for plane in planes):
-        keys.append(Line2D([], [], color=_CUT, linewidth=1))
+        keys.append(Line2D([], [], **CUT))
         names.append("cut: kept below")
     _legend(figure, keys, names)
     save(figure, path)
@@ -176,9 +179,9 @@ def draw_bars(path: Path, panels: list[BarPanel], x_label: str) -> None:
         axes.stairs(bars.dropped, edges, color=_DARK, linewidth=1.3)
         if panel.cut is not None:
             if panel.noise:
-                axes.axvspan(
-                    panel.cut - panel.noise, panel.cut + panel.noise, color=_GREY, alpha=0.35, lw=0
-                )
+                # outlined, so that a narrow one is seen
+                ends = panel.cut - panel.noise, panel.cut + panel.noise
+                axes.axvspan(*ends, color=_GREY, alpha=0.35, lw=1.5)
             axes.axvline(panel.cut, color=_CUT, linewidth=1, linestyle="--")
         if panel.logarithmic:
             axes.set_yscale("symlog", linthresh=1)
@@ -225,6 +228,7 @@ class Panel:
         x_limits, y_limits: None lets the data decide.
         whole: x stands for whole numbers.
         plain: without a marker on every point.
+        fine: y is logarithmic from this value on, linear below.
     """
 
     title: str
@@ -238,22 +242,36 @@ class Panel:
     ticks: dict[float, str] | None = None
     whole: bool = False
     plain: bool = False
+    fine: float | None = None
 
 
-def draw_series(path: Path, panels: list[Panel], columns: int = 2) -> None:
-    """Lines in panels that have axes of their own, and one legend for all."""
+def draw_series(
+    path: Path, panels: list[Panel], columns: int = 2, order: Sequence[str] = ()
+) -> None:
+    """Lines in panels that have axes of their own, and one legend for all.
+
+    Args:
+        path: of the PNG.
+        panels: row by row.
+        columns: panels in a row, at most.
+        order: labels in the order of their colours, where several figures have the same ones. The
+            line of all sources is black everywhere.
+    """
     figure, grid = _grid(len(panels), columns, 4.1 if len(panels) > 1 else 6.0, 3.2)
     labels = list(dict.fromkeys(s.label for p in panels for s in p.series))
+    known = list(dict.fromkeys([*order, *labels]))
+    places = {label: i for i, label in enumerate(label for label in known if label != ALL)}
     marks = list(dict.fromkeys(label for p in panels for label in p.points))
     lines = list(dict.fromkeys(label for p in panels for label in p.at))
     keys: dict[str, Any] = {}
     for axes, panel in zip(grid, panels, strict=True):
         for series in panel.series:
-            i = labels.index(series.label)
+            whole = series.label == ALL
+            i = 0 if whole else places[series.label]
             style: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": "-" if i < len(COLOURS) else "--",
-                "linewidth": 1.4,
+                "color": _CUT if whole else _LINES[i % len(_LINES)],
+                "linestyle": "-" if i < len(_LINES) else "--",
+                "linewidth": 2.2 if whole else 1.4,
                 "marker": None if panel.plain else MARKERS[i % len(MARKERS)],
                 "markersize": 4.5,
             }
@@ -284,6 +302,8 @@ def draw_series(path: Path, panels: list[Panel], columns: int = 2) -> None:
         axes.grid(color="#DDDDDD", linewidth=0.6)
         if panel.x_limits is not None:
             axes.set_xlim(*panel.x_limits)
+        if panel.fine is not None:
+            axes.set_yscale("symlog", linthresh=panel.fine)
         if panel.y_limits is not None:
             axes.set_ylim(*panel.y_limits)
         if panel.ticks is not None:

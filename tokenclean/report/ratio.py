@@ -127,7 +127,7 @@ def _share(sums: np.ndarray) -> Share:
 
 
 def wilson(kept: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % bounds of shares, as if tokens were independent: float64, (n,) each.
+    """Wilson's 95 % bounds of shares, as if tokens were independent: float64, (n,) each, in [0, 1].
 
     Args:
         kept, tokens: counts, shape (n,); tokens at least 1.
@@ -135,4 +135,7 @@ def wilson(kept: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     share, size = kept / tokens, tokens.astype(np.float64)
     middle = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * np.sqrt(share * (1 - share) / size + Z**2 / (4 * size**2))
-    return middle - half, middle + half
+    # exact where none or all are kept: there a bound is 0 or 1, and rounding would miss it
+    low = np.where(kept == 0, 0.0, np.clip(middle - half, 0.0, share))
+    high = np.where(kept == tokens, 1.0, np.clip(middle + half, share, 1.0))
+    return low, high

@@ -152,7 +152,7 @@ def round_results(run: FinishedRun, arm: CleanedArm) -> dict[int, ArmResult]:
     arms = (run.config.get("loop") or {}).get("arms") or {}
     warm = [name for name, found in arms.items() if (found or {}).get("schedule") == "warmup"]
     places: dict[int, Iterable[Path]] = {
-        0: [run.folder / "warmup", *(run.folder / "arms" / name for name in [*warm, "warmup"])],
+        0: [run.root / "warmup", *(run.root / "arms" / name for name in [*warm, "warmup"])],
         **{t: [folder] for t, folder in arm.rounds.items()},
     }
     places[last] = [*places.get(last, []), arm.folder]
@@ -170,7 +170,7 @@ def round_results(run: FinishedRun, arm: CleanedArm) -> dict[int, ArmResult]:
 
 def run_results(run: FinishedRun) -> dict[str, ArmResult]:
     """Arm -> what a run of `clean` measured of it, the base among them; empty if nothing."""
-    path = run.folder / RESULTS
+    path = run.root / RESULTS
     if not path.is_file():
         return {}
     return {r["name"]: ArmResult.from_json(r) for r in json.loads(path.read_text(encoding="utf-8"))}

@@ -9,7 +9,8 @@ from tokenclean.finished import CleanedArm
 from tokenclean.named import options_of
 from tokenclean.report.content import Section, Table
 from tokenclean.report.counted import ALL, Counted
-from tokenclean.report.steps import is_ranked, rule_of
+from tokenclean.report.steps import has_reference, is_ranked, rule_of
+from tokenclean.report.writing import without
 
 _NOT_KNOWN: Final = "not known"
 #: Values of a long list that are shown.
@@ -41,9 +42,11 @@ def rule_section(counted: Counted) -> Section:
         ["keep share asked for", _asked(counted) if ranked else "none: the rule decides"],
         ["keep share got", f"{whole.value:.6f}" if whole.tokens else _NOT_KNOWN],
         ["schedule", manifest.get("schedule") or _schedule(counted)],
-        ["always keeps the end of the sequence", _yes(selection.get("always_keep_eos"))],
-        ["leaves out rows that the reference saw", _yes(selection.get("exclude_seen"))],
-        ["rows that the reference saw", manifest.get("rows_seen_by_reference")],
+        [
+            "always keeps the end of the sequence",
+            _yes(selection.get("always_keep_eos")) if ranked else None,
+        ],
+        ["rows that the reference was trained on", _seen(arm)],
         ["base model", _NOT_KNOWN if base is None else base.name],
         ["base of the scores", manifest.get("score_base")],
         ["attributes", _attributes(arm)],
@@ -90,7 +93,7 @@ def _cuts(counted: Counted) -> Table:
                 means.kept_share,
                 step.cut,
                 step.noise,
-                step.facts.get("near_cut"),
+                None if (near := step.facts.get("near_cut")) is None else 100 * near,
                 means.mean("base"),
                 means.mean("reference"),
                 means.mean("score"),
@@ -99,22 +102,25 @@ def _cuts(counted: Counted) -> Table:
             ]
         )
     notes = [
-        "The cut is the smallest score that was kept by rank; rules that rank by something else, "
-        "inside samples, or not at all have none. The noise is how far a score may be off (99 of "
-        "100 times no further) if the same models score again in other batches; near the cut are "
-        "the ranked tokens within that distance of it, which could fall on its other side.",
+        "The cut is the smallest score that was kept by rank. The noise is how far a score may be "
+        "off (99 of 100 times no further) if the same models score again in other batches; near "
+        "the cut are the ranked tokens within that distance of it, which could fall on its other "
+        "side."
     ]
-    return counted.writer.table(
-        "cuts",
-        "Where it cut",
-        [
-            "step", "ranked tokens", "kept tokens", "kept share", "cut (nats)", "noise (nats)",
-            "share near the cut", "mean base loss (nats)", "mean reference loss (nats)",
-            "mean score (nats)", "base (fingerprint)", "reference (fingerprint)",
-        ],
-        rows,
-        notes,
-    )  # fmt: skip
+    if all(row[4] is None for row in rows):
+        notes = [
+            "There is no one cut: the rule ranks inside samples, or by a number of its own, or not."
+        ]
+    header = [
+        "step", "ranked tokens", "kept tokens", "kept share", "cut (nats)", "noise (nats)",
+        "near the cut (%)", "mean base loss (nats)", "mean reference loss (nats)",
+        "mean score (nats)", "base (fingerprint)", "reference (fingerprint)",
+    ]  # fmt: skip
+    # noises are small and unlike, so all of one notation; of no use where there is no cut
+    noises = [f"{r[5]:.1e}".replace("-", "−") if r[4] is not None and r[5] else None for r in rows]
+    page = [[*row[:5], noise, *row[6:]] for row, noise in zip(rows, noises, strict=True)]
+    shown = without(header, page, header[4:], None)
+    return counted.writer.table("cuts", "Where it cut", *shown, notes, (header, rows))
 
 
 def _estimates(counted: Counted) -> Table:
@@ -179,6 +185,17 @@ def _value(value: Any) -> str:
     if isinstance(value, list) and len(value) > LISTED:
         return f"{len(value)}: {', '.join(map(str, value[:LISTED]))}, ..."
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _seen(arm: CleanedArm) -> str | None:
+    """How many rows the reference was trained on, and what became of them."""
+    rows = arm.manifest.get("rows_seen_by_reference")
+    if rows is None or not has_reference(arm):
+        return None
+    if not rows:
+        return "none of those that were ranked"
+    left_out = arm.manifest["selection"].get("exclude_seen")
+    return f"{rows:,}, {'left out (exclude_seen)' if left_out else 'ranked like the others'}"
 
 
 def _attributes(arm: CleanedArm) -> str | None:

@@ -20,6 +20,7 @@ from tokenclean.finished import CleanedArm
 from tokenclean.report.doubts import DoubtLists
 from tokenclean.report.percentiles import Sketch
 from tokenclean.report.shown import Maker, Row
+from tokenclean.report.verdict import Fate
 from tokenclean.selection.rule import SEEN
 
 #: Sources beyond so many are drawn together.
@@ -54,6 +55,7 @@ class Draw:
         has_truth: the pool is planted.
         sources, rounds: ranked and kept tokens of each.
         scores, priorities: of the ranked tokens.
+        fate: what became of the ranked tokens.
         doubts: lists of dropped tokens that may be wrong drops.
     """
 
@@ -69,6 +71,7 @@ class Draw:
         self.scores, self.priorities = Sketch(), Sketch()
         self._strata: dict[tuple[str, int], list[tuple[int, int, Row]]] = {}
         self._extremes: tuple[list[tuple[float, int, Row]], ...] = ([], [])
+        self.fate = Fate(manifest.get("eos_id"))
         self.doubts = DoubtLists()
 
     def add(self, block: CleanedBlock) -> None:
@@ -83,6 +86,7 @@ class Draw:
         self.scores.add(block.score[ranked])
         self.priorities.add(block.priority[ranked])
         self._count(block, ranked, kept)
+        self.fate.add(block, ranked, kept)
         highest, lowest = np.full(rows, -np.inf), np.full(rows, np.inf)
         np.fmax.at(highest, row[ranked], block.score[ranked])
         np.fmin.at(lowest, row[ranked], block.score[ranked])
@@ -144,6 +148,19 @@ class Draw:
                 heapq.heappush(drawn, (place, -(first + i), row))
                 if len(drawn) > self._quota:
                     heapq.heappop(drawn)
+
+    @property
+    def has_extremes(self) -> bool:
+        """Some ranked token has a score."""
+        return any(self._extremes)
+
+    @property
+    def cuts_by_score(self) -> bool:
+        """Tokens were dropped for a score below a cut."""
+        manifest = self.arm.manifest
+        cuts = [cut_of(manifest, n) for n in self.rounds]
+        cuts += [half.get("cut") for half in manifest.get("halves", [])]
+        return self.fate.dropped > 0 and any(cut is not None for cut in cuts)
 
     @property
     def _quota(self) -> int:

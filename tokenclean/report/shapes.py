@@ -15,10 +15,8 @@ CELLS: Final = 80
 BEYOND: Final = 0.002
 #: Points drawn per step.
 POINTS: Final = 1500
-#: Reach of the histogram around the cut, in units of the noise.
-NEAR: Final = 25
-#: Fewer bins there: they hold few tokens.
-NEAR_BINS: Final = 50
+#: Fewer bins around the cut: they hold few tokens.
+NEAR_BINS: Final = 30
 
 
 @dataclass
@@ -70,7 +68,7 @@ class StepShapes:
         plane: tokens by base loss and reference loss: int64, shape (CELLS, CELLS).
         beyond: tokens outside the plane.
         values: of what the rule goes by, None if it stores nothing.
-        near: of the same around the cut, None without cut or noise.
+        near: of the same around the cut, None where the step has no reach.
         points: base, reference, kept (0 or 1) of tokens drawn at random: float64, (3, p).
     """
 
@@ -89,10 +87,16 @@ class Shapes:
         limit: upper end of both axes of the plane, in nats; None if it has not both losses.
         by: column that the rule goes by, or None.
         span: range of that column.
+        reaches: step -> how far around its cut there is a histogram of its own, in nats.
     """
 
     def __init__(
-        self, steps: list[Step], limit: float | None, by: str | None, span: tuple[float, float]
+        self,
+        steps: list[Step],
+        limit: float | None,
+        by: str | None,
+        span: tuple[float, float],
+        reaches: dict[int, float],
     ):
         self.limit, self._by = limit, by
         self._draw = np.random.default_rng(0)
@@ -102,8 +106,7 @@ class Shapes:
             found = StepShapes(np.zeros((CELLS, CELLS), dtype=np.int64))
             if by is not None:
                 found.values = Bars.empty(*span)
-                if by == "score" and step.cut is not None and step.noise:
-                    reach = NEAR * step.noise
+                if step.cut is not None and (reach := reaches.get(step.number)):
                     found.near = Bars.empty(step.cut - reach, step.cut + reach, NEAR_BINS)
             self.steps[step.number] = found
             self._lots[step.number] = np.zeros(0)

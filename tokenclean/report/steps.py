@@ -16,7 +16,7 @@ import numpy as np
 from tokenclean.data.cleaned import CleanedBlock, is_cleaned_pool, read_blocks
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.finished import CleanedArm
-from tokenclean.selection.rule import REASONS, SEEN, Rule, make_rule
+from tokenclean.selection.rule import BELOW_CUT, REASONS, SEEN, Rule, make_rule
 
 #: Step of rows that no rule looked at.
 UNCLEANED: Final = 0
@@ -151,6 +151,24 @@ def is_ranked(arm: CleanedArm) -> bool:
     if (rule := rule_of(arm)) is not None:
         return rule.ranked
     return not set(arm.manifest.get("reasons", {})) - {str(code) for code in REASONS}
+
+
+def reason_names(arm: CleanedArm) -> dict[int, str]:
+    """What the reason codes of an arm's pool mean: its manifest's words, but for rules without cut.
+
+    Rules that decide token by token and give no reason of their own store that of a cut.
+    """
+    found = {int(code): str(text) for code, text in (arm.manifest.get("reasons") or {}).items()}
+    if BELOW_CUT in found and not is_ranked(arm):
+        found[BELOW_CUT] = "dropped by the rule"
+    return found
+
+
+def has_reference(arm: CleanedArm) -> bool:
+    """Whether a reference model scored any of the arm's tokens."""
+    manifest = arm.manifest
+    facts = [manifest, *(manifest.get("rounds") or []), *(manifest.get("halves") or [])]
+    return any(found.get("reference") for found in facts)
 
 
 def goes_by(arm: CleanedArm) -> str | None:

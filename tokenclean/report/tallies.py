@@ -317,6 +317,11 @@ class Tally:
         return self.by_source.whole()
 
     @property
+    def keeps_all(self) -> bool:
+        """Every ranked token is kept, and there is one."""
+        return 0 < self.whole.tokens == self.whole.kept
+
+    @property
     def total(self) -> SourceCounts:
         """Over all sources."""
         return sum(self.counts.values(), SourceCounts())
@@ -345,3 +350,21 @@ class Tally:
         if not np.isfinite(value):
             value = score_of(place << 48)
         return value if abs(value) > _TINY else 0.0
+
+    def reach(self, name: str, centre: float, tokens: float) -> float:
+        """How far around a value about so many tokens lie, by how dense they are near it.
+
+        Args:
+            name: of ``ranges``, which must not be empty.
+            tokens: on both sides together.
+        """
+        counts = self.ranges[name].counts
+        place = int(ordered_keys(np.array([centre]))[0] >> np.uint64(48))
+        low = high = place
+        found = int(counts[place])
+        while found < tokens and (low > 0 or high < len(counts) - 1):
+            low, high = max(low - 1, 0), min(high + 1, len(counts) - 1)
+            found += int(counts[low]) * (low < place) + int(counts[high]) * (high > place)
+        edges = [score_of(low << 48), score_of(((high + 1) << 48) - 1)]
+        width = edges[1] - edges[0]
+        return width * tokens / (2 * found) if found and np.isfinite(width) else 0.0

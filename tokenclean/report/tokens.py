@@ -37,6 +37,8 @@ _START, _CONTINUATION, _DIGIT, _PUNCTUATION, _WHITESPACE, _CODE, _SPECIAL = rang
 _FENCE: Final = re.compile(r"^[^\S\n]*(`{3,}|~{3,})([^\n]*)$", flags=re.M)
 #: What a decoder gives for bytes that are no whole character.
 _BROKEN: Final = "\ufffd"
+#: A byte as vocabularies with a fallback to bytes write it.
+_BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
@@ -68,6 +70,20 @@ class Vocabulary:
                 both[len(self._before) :] if follows else decode(self._tokenizer, [id])
             )
         return self._texts[id]
+
+    def shown(self, id: int) -> str:
+        """`visible` text of a token; bytes that are no whole character as ``\\xe2``."""
+        text = self.text(id)
+        if _BROKEN not in text:
+            return visible(text)
+        piece = str(self._tokenizer.convert_ids_to_tokens(id))
+        if found := _BYTE.fullmatch(piece):
+            raw = bytes([int(found[1], 16)])
+        elif all(c in _PIECE_BYTES for c in piece):
+            raw = bytes(_PIECE_BYTES[c] for c in piece)
+        else:
+            return visible(text)
+        return visible(raw.decode("utf-8", errors="backslashreplace"))
 
     def types(self, block: CleanedBlock) -> np.ndarray:
         """Index into `TYPES` of each token of a block: int8, shape (n,).
@@ -168,9 +184,16 @@ def visible(text: str) -> str:
     """A token's text with its blanks to be seen, and nothing in it that steers a display."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
     return "".join(
-        marks.get(c) or (c if c.isprintable() and not c.isspace() else f"\\u{{{ord(c):x}}}")
+        marks.get(c) or (c if c.isprintable() and not c.isspace() else f"⟨U+{ord(c):04X}⟩")
         for c in text
     )
+
+
+def _piece_bytes() -> dict[str, int]:
+    """Characters that byte-level vocabularies write bytes as: themselves, or from U+0100 on."""
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _kind(text: str) -> int:
@@ -188,3 +211,6 @@ def _is_letter(character: str) -> bool:
     if not character:
         return False
     return character == _BROKEN or unicodedata.category(character)[0] in "LM"
+
+
+_PIECE_BYTES: Final = _piece_bytes()

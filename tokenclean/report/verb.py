@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ from tokenclean.report.content import Section
 from tokenclean.report.embedded import Texts, embed
 from tokenclean.report.glance import facts
 from tokenclean.report.page import MAX_BYTES, SAMPLE_BYTES, ArmPart, write_page
-from tokenclean.report.plain import markdown
+from tokenclean.report.plain import markdown, visible
 from tokenclean.report.samples import Draw
 
 #: Folder of a run's report.
@@ -38,6 +39,9 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--arm", action="append", help="this arm (may be repeated; default: all)")
     parser.add_argument("--tokenizer", help="of the pool, where the run does not name it")
     parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with the tokenizer"
+    )
+    parser.add_argument(
         "--samples",
         type=int,
         default=SAMPLES,
@@ -47,12 +51,15 @@ def report(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples}: show one at least")
-    run = FinishedRun(options.run, options.tokenizer)
+    run = FinishedRun(options.run, options.tokenizer, options.trust_remote_code)
     if options.arm:
         chosen = {name: run.arm(name) for name in options.arm}
         run.arms = {name: arm for name, arm in run.arms.items() if name in chosen}
     page, text = write_report(run, options.samples)
     if options.text:
+        # a log may be in an encoding that lacks some signs
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         print(text)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
 
@@ -71,7 +78,7 @@ def write_report(
         Its page, and its tables as Markdown.
 
     Raises:
-        ValueError: if the run's tokenizer is not known.
+        ValueError: if the run's tokenizer is not known, or ``report`` is something else.
     """
     # matplotlib, and refusals before the long work
     from tokenclean.report.board import write_board
@@ -80,13 +87,17 @@ def write_report(
 
     tokenizer = run.tokenizer
     folder = run.folder / REPORT
+    if folder.exists() and not (folder / PAGE).is_file():
+        raise ValueError(f"{folder} is there and holds no report of ours; move it away")
+    if run.unfinished:
+        _progress(f"not finished, and so left out: {', '.join(map(visible, run.unfinished))}")
     with complete_folder(folder) as partial:
         whole = run_sections(run, partial)
         texts = Texts(tokenizer)
         draws: dict[str, Draw] = {}
         of_arms: dict[str, list[Section]] = {}
         for i, (name, arm) in enumerate(run.arms.items(), start=1):
-            _progress(f"{name} ({i} of {len(run.arms)})")
+            _progress(f"{visible(name)} ({i} of {len(run.arms)})")
             draws[name] = draw_samples(arm, limit)
             of_arms[name] = sections(run, arm, partial)
         _progress("samples and page")
@@ -133,6 +144,10 @@ def _lead(run: FinishedRun, parts: Sequence[ArmPart]) -> list[str]:
     pool = data.get("path") or run.config.get("pool")
     text = "Token-level cleaning: every response token is kept, and trains the model, or is dropped"
     lead = [f"{text}, and stays in the context without loss."]
+    if any(part.draw.fate.unlearnt for part in parts):
+        lead[0] += " Some dropped tokens have a negative weight and are unlearnt."
+    if run.unfinished:
+        lead.append(f"The run is not finished; arms left out: {', '.join(run.unfinished)}.")
     from_what = f"The pool: {pool}. " if pool else ""
     if len(parts) > 1:
         lead.append(

@@ -21,7 +21,7 @@ import numpy as np
 
 from tokenclean.data.formats import SUFFIXES, file_rows
 from tokenclean.data.pool import BAD_LINES_SHOWN, BadData, TokenPool, hash_id
-from tokenclean.data.pretokenised import BadRow
+from tokenclean.data.pretokenised import BadRow, shown
 from tokenclean.data.rows import TokenRows
 from tokenclean.scoring.table import write_scores
 
@@ -115,7 +115,8 @@ def read_logprobs(file: Path, rows: TokenRows, scratch: Path) -> np.ndarray:
 
     Args:
         scratch: folder on whose disk the losses are collected, in a file without a name: the rows
-            come in any order, and memory stays flat.
+            come in any order, and memory stays flat, except that a JSON file of one array is read
+            whole.
 
     Returns:
         Of all targets of ``rows``, end to end: float32, nats, shape (n,).
@@ -139,7 +140,7 @@ def read_logprobs(file: Path, rows: TokenRows, scratch: Path) -> np.ndarray:
         try:
             at = _row_of(row, pool, hashes, order)
             if line_of[at]:
-                raise BadRow(f"id {pool.ids[at]!r} was in line {line_of[at]} already")
+                raise BadRow(f"id {shown(pool.ids[at])} was in line {line_of[at]} already")
             line_of[at] = line
             if (place := int(place_of[at])) < 0:
                 others += 1
@@ -154,7 +155,7 @@ def read_logprobs(file: Path, rows: TokenRows, scratch: Path) -> np.ndarray:
         raise BadData(f"--logprobs: {wrong} wrong row(s):\n" + "\n".join(bad) + more)
     missing = rows.rows[line_of[rows.rows] == 0]
     if len(missing):
-        some = ", ".join(pool.ids.take(missing[:_NAMED]).to_pylist())
+        some = ", ".join(map(shown, pool.ids.take(missing[:_NAMED]).to_pylist()))
         raise BadData(
             f"--logprobs: {file} lacks {len(missing)} of the {len(rows)} samples of the pool"
             f" ({some}{', ...' if len(missing) > _NAMED else ''}); score them too, or choose the "
@@ -180,7 +181,7 @@ def _row_of(row: Any, pool: TokenPool, hashes: np.ndarray, order: np.ndarray) ->
         raise BadRow("the id is not valid Unicode") from None
     place = int(np.searchsorted(hashes, np.uint64(wanted)))
     if place == len(hashes) or hashes[place] != wanted or pool.ids[int(order[place])] != name:
-        raise BadRow(f"id {name!r} is not in the pool")
+        raise BadRow(f"id {shown(name)} is not in the pool")
     return int(order[place])
 
 
@@ -209,18 +210,22 @@ def _losses(row: Mapping[str, Any], pool: TokenPool, at: int) -> np.ndarray:
             raise BadRow("`token_ids` is no list of the length of `logprobs`")
         if given != ours:
             j = next(j for j, (a, b) in enumerate(zip(given, ours, strict=True)) if a != b)
-            raise BadRow(f"token {j} is {given[j]!r}, but {ours[j]} in the pool")
+            raise BadRow(f"token {j} is {shown(given[j])}, but {ours[j]} in the pool")
     chosen = np.searchsorted(places, positions)
     wanted = [values[j] for j in chosen]
     if not set(map(type, wanted)) <= {int, float}:
         odd = next(j for j in chosen if type(values[j]) not in (int, float))
-        raise BadRow(f"log-probability {odd} is {values[odd]!r}, not a number")
+        raise BadRow(f"log-probability {odd} is {shown(values[odd])}, not a number")
     try:
         numbers = np.array(wanted, dtype=np.float64)
     except OverflowError:
         raise BadRow("a log-probability is too large a number") from None
     if (wrong := ~np.isfinite(numbers)).any():
-        raise BadRow(f"log-probability {chosen[np.argmax(wrong)]} is {numbers[np.argmax(wrong)]}")
+        odd = numbers[np.argmax(wrong)]
+        remedy = "score the sample again"
+        if odd == -np.inf:  # rounded to a probability of 0
+            remedy = "write a finite number in its place, e.g. -100"
+        raise BadRow(f"log-probability {chosen[np.argmax(wrong)]} is {odd}; {remedy}")
     if (wrong := numbers > LARGEST).any():
         raise BadRow(
             f"log-probability {chosen[np.argmax(wrong)]} is {numbers[np.argmax(wrong)]:g}, above "

@@ -118,6 +118,12 @@ class ScoreTable(ArrowTable):
         Raises:
             ValueError: saying how it is made.
         """
+        if column not in self._columns and self.manifest.get("imported"):
+            raise ValueError(
+                f"{self.folder} has no column `{column}`: it was made from log-probabilities "
+                "computed elsewhere, which hold losses alone; score with the model itself, or take "
+                "a rule that goes by losses"
+            )
         if column not in self._columns:
             columns = [*(name for name in self._columns if name != "nll"), column]
             raise ValueError(

@@ -436,7 +436,7 @@ class CleanedSFTModule(LightningModule):
         return float(torch.nn.utils.clip_grad_norm_(trained, limit))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Mean loss over all response tokens of the validation pool."""
+        """Mean loss over the tokens that `TuluDataModule.validated_rows` names."""
         assert self.network is not None
         if batch.rows:
             with self.network.clock(batch.tokens):

@@ -15,7 +15,11 @@
     return element;
   };
   const count = (n) => n.toLocaleString("en-US");
-  const fixed = (value, digits) => value.toFixed(digits).replace("-", "−");
+  /* Whole units with so many digits, halves away from zero, as in the tables of the page. */
+  const decimal = (units, digits) => {
+    const whole = Math.floor(Math.abs(units) / 10 ** (5 - digits) + 0.5);
+    return (units < 0 && whole ? "−" : "") + (whole / 10 ** digits).toFixed(digits);
+  };
   const percent = (kept, total) => (100 * kept / total).toFixed(1) + " %";
   const code = (character) =>
     "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
@@ -62,7 +66,7 @@
         token.kind = weight > 0 ? "kept" : weight < 0 ? "unlearnt" : "dropped";
         if (row.uncleaned && token.kind === "kept") token.kind = "uncleaned";
         for (const name of ["base", "reference", "score", "priority"])
-          if (row[name] && row[name][j] !== null) token[name] = row[name][j] / UNITS;
+          if (row[name] && row[name][j] !== null) token[name] = row[name][j];
         for (const name of ["score_rank", "priority_rank"])
           if (row[name] && row[name][j] !== null) token[name] = row[name][j] / TENTHS;
         if (text.truth) token.truth = text.truth[j];
@@ -85,11 +89,15 @@
   };
 
   /* What is known of a token, beside it; by pointer or by keyboard. */
-  const tip = make("div", { class: "tip", role: "tooltip", id: "tip", hidden: "" });
+  const shut = make("button", { type: "button", class: "close", tabindex: "-1",
+    "aria-label": "Close", text: "×" });
+  const says = make("div", { role: "tooltip", id: "tip-facts" });
+  const tip = make("div", { class: "tip", id: "tip", hidden: "" }, shut, says);
   document.body.append(tip);
   let told = null, closing = 0;
+  const stay = () => { clearTimeout(closing); closing = 0; };
   const hide = () => {
-    clearTimeout(closing);
+    stay();
     tip.hidden = true;
     if (told) { told.removeAttribute("aria-describedby"); told.classList.remove("at"); }
     told = null;
@@ -103,27 +111,34 @@
     if (token.reason !== undefined && token.reason !== 0)
       state += ": " + named(arm.reasons[token.reason] ?? "reason " + token.reason);
     add("state", state);
-    if (token.base !== undefined) add("base loss", fixed(token.base, 4) + " nats");
-    if (token.reference !== undefined) add("reference loss", fixed(token.reference, 4) + " nats");
+    if (token.base !== undefined) add("base loss", decimal(token.base, 4) + " nats");
+    if (token.reference !== undefined) add("reference loss", decimal(token.reference, 4) + " nats");
     const ranked = (name) => token[name + "_rank"] === undefined ? ""
-      : " (above " + token[name + "_rank"].toFixed(1) + " %)";
-    if (token.score !== undefined) add("score", fixed(token.score, 5) + ranked("score"));
+      : " (percentile " + token[name + "_rank"].toFixed(1) + ")";
+    if (token.score !== undefined) add("score", decimal(token.score, 5) + ranked("score"));
     if (token.priority !== undefined)
-      add("ranked by", fixed(token.priority, 5) + ranked("priority"));
+      add("ranked by", decimal(token.priority, 5) + ranked("priority"));
     const cut = arm.cuts[row.round];
-    if (cut !== undefined && token.score !== undefined) add("cut", fixed(cut, 5));
+    if (cut !== undefined && token.score !== undefined) add("cut", decimal(cut, 5));
     if (token.weight !== undefined && token.weight !== 0 && token.weight !== 1)
       add("weight", String(token.weight).replace("-", "−"));
     if (token.truth !== undefined) add("planted truth", TRUTH[token.truth] ?? String(token.truth));
-    add("round", row.uncleaned ? row.round + " (D_0)" : String(row.round));
-    add("position", count(token.position + 1) + " of " + count(data.texts[row.text].length));
+    if (arm.rounds) add("round", row.uncleaned ? "none (D_0)" : String(row.round));
+    add("position", "token " + count(token.position + 1) + " of "
+      + count(data.texts[row.text].length) + " of the sample");
     const what = show(make("span", { class: "t " + token.kind }),
       token.text === "" ? "(part of a character)" : token.text.replace(/ /g, "␣"), true);
-    tip.replaceChildren(make("div", { class: "what" }, what), make("dl", {}, ...facts));
+    says.replaceChildren(make("div", { class: "what" }, what), make("dl", {}, ...facts));
     tip.hidden = false;
     told = element;
     element.classList.add("at");
-    element.setAttribute("aria-describedby", "tip");
+    element.setAttribute("aria-describedby", "tip-facts");
+    // on a narrow screen the tip lies over the lower part of the page
+    if (getComputedStyle(tip).position === "fixed") {
+      const under = element.getBoundingClientRect().bottom + 8 - tip.getBoundingClientRect().top;
+      if (under > 0) window.scrollBy(0, under);
+      return;
+    }
     const at = element.getClientRects()[0] ?? element.getBoundingClientRect();
     const box = tip.getBoundingClientRect();
     const width = document.documentElement.clientWidth, height = window.innerHeight;
@@ -132,30 +147,65 @@
     tip.style.left = left + window.scrollX + "px";
     tip.style.top = (below ? at.bottom + 4 : at.top - box.height - 4) + window.scrollY + "px";
   };
-  const closeSoon = () => {
-    clearTimeout(closing);
-    closing = setTimeout(() => { if (document.activeElement !== told) hide(); }, 150);
+  /* What tokens of the samples shown belong to, and the tip of one of them. */
+  const owners = new WeakMap();
+  const tokenAt = (target) => target?.closest?.("article .t");
+  const tellOf = (element) => {
+    const { arm, row, tokens } = owners.get(element.closest("article"));
+    tell(element, arm, row, tokens[element.dataset.i]);
   };
-  tip.addEventListener("mouseenter", () => clearTimeout(closing));
-  tip.addEventListener("mouseleave", closeSoon);
+  const closeSoon = () => {
+    if (closing) return;
+    closing = setTimeout(() => {
+      closing = 0;
+      const pinned = tokenAt(document.activeElement);
+      if (pinned === told && told) return;
+      // back to the token that was clicked, tabbed or linked to
+      if (pinned && !tip.hidden) tellOf(pinned); else hide();
+    }, 150);
+  };
+  /* Texts that move under a resting pointer are not pointed at. */
+  let pointer = null, resting = null;
+  const rest = () => { resting = pointer ?? "unknown"; };
+  document.addEventListener("mousemove", (event) => {
+    const before = pointer, now = [event.clientX, event.clientY];
+    pointer = now;
+    if (before && before[0] === now[0] && before[1] === now[1]) return;
+    if (resting === "unknown") resting = now;
+    if (resting && Math.hypot(now[0] - resting[0], now[1] - resting[1]) < 8) return;
+    resting = null;
+    const element = tokenAt(event.target);
+    if (element) {
+      stay();
+      if (element !== told) tellOf(element);
+    } else if (event.target.closest?.(".tip, article .text")) stay();
+    else if (told) closeSoon();
+  });
+  document.documentElement.addEventListener("mouseleave", closeSoon);
+  shut.addEventListener("click", hide);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
   const sampleHash = (arm, id, position) => "#" + arm.slug + "/sample/" + encodeURIComponent(id)
-    + (position === undefined ? "" : "/" + position);
+    + (position === undefined ? "" : "/" + (position + 1));
 
   const article = (arm, row) => {
     const text = data.texts[row.text], tokens = tokensOf(row);
     const link = make("a", { href: sampleHash(arm, text.id) }, show(make("bdi"), text.id));
     const head = make("div", { class: "head" }, make("h4", {}, link),
       make("span", {}, "source ", show(make("bdi"), text.source)));
-    if (row.round > 0 || row.uncleaned)
+    if (arm.rounds)
       head.append(make("span", { text: row.uncleaned ? "D_0, not cleaned" : "round " + row.round }));
-    if (row.total) {
+    if (row.uncleaned)
+      head.append(make("span", { text: `all ${count(row.total)} response tokens carry loss` }));
+    else if (row.total) {
       const meter = make("span", { class: "meter", "aria-hidden": "true" }, make("span"));
       meter.firstChild.style.width = 100 * row.kept / row.total + "%";
       head.append(make("span", {}, meter,
         `${count(row.kept)} of ${count(row.total)} kept (${percent(row.kept, row.total)})`));
     } else head.append(make("span", { text: "no response tokens" }));
+    if (row.highest && !row.uncleaned)
+      head.append(make("span", {
+        text: `scores ${decimal(row.lowest[0], 3)} to ${decimal(row.highest[0], 3)}` }));
     if (tokens.length < text.length)
       head.append(make("span", { text: `tokens ${count(text.first + 1)} to `
         + `${count(text.first + tokens.length)} of ${count(text.length)} shown` }));
@@ -163,8 +213,8 @@
     if (elsewhere.length) {
       const links = elsewhere.map((other) =>
         make("a", { href: sampleHash(other, text.id) }, show(make("bdi"), other.name)));
-      const says = `in ${elsewhere.length} other arm${elsewhere.length > 1 ? "s" : ""}`;
-      head.append(make("details", { class: "also" }, make("summary", { text: says }), ...links));
+      const where = `also shown in ${elsewhere.length} other arm${elsewhere.length > 1 ? "s" : ""}`;
+      head.append(make("details", { class: "also" }, make("summary", { text: where }), ...links));
     }
     const body = make("div", { class: "text", dir: "auto", role: "listbox",
       "aria-label": "tokens of " + named(text.id), "aria-orientation": "horizontal" });
@@ -179,13 +229,6 @@
     });
     const first = tokens.findIndex((token) => token.kind !== "prompt");
     if (tokens.length) body.children[Math.max(first, 0)].tabIndex = 0;
-    const tokenAt = (target) => target.closest?.(".t");
-    body.addEventListener("mouseover", (event) => {
-      const element = tokenAt(event.target);
-      clearTimeout(closing);
-      if (element && element !== told) tell(element, arm, row, tokens[element.dataset.i]);
-    });
-    body.addEventListener("mouseleave", closeSoon);
     body.addEventListener("focusin", (event) => {
       const element = tokenAt(event.target);
       if (!element) return;
@@ -193,10 +236,7 @@
       body.querySelector("[aria-selected='true']")?.setAttribute("aria-selected", "false");
       element.tabIndex = 0;
       element.setAttribute("aria-selected", "true");
-      tell(element, arm, row, tokens[element.dataset.i]);
-      // on a narrow screen the tip lies over the lower part of the page
-      const under = element.getBoundingClientRect().bottom + 8 - tip.getBoundingClientRect().top;
-      if (getComputedStyle(tip).position === "fixed" && under > 0) window.scrollBy(0, under);
+      tellOf(element);
     });
     body.addEventListener("focusout", closeSoon);
     body.addEventListener("keydown", (event) => {
@@ -213,7 +253,9 @@
       event.preventDefault();
       if (to >= 0 && to < tokens.length) body.children[to].focus();
     });
-    return make("article", {}, head, body);
+    const made = make("article", {}, head, body);
+    owners.set(made, { arm, row, tokens });
+    return made;
   };
 
   /* id of a sample -> the arms that show it */
@@ -222,7 +264,7 @@
     for (const row of arm.rows) holders.get(data.texts[row.text].id).add(arm);
 
   /* Filters, order, pages: one browser for each arm, made when the arm is first shown. */
-  const share = (row) => row.total ? row.kept / row.total : NaN;
+  const share = (row) => row.total && !row.uncleaned ? row.kept / row.total : NaN;
   const least = (key) => (a, b) => {
     const x = key(a), y = key(b);
     return Number.isNaN(x) - Number.isNaN(y) || x - y || a.number - b.number;
@@ -232,7 +274,7 @@
     pool: ["order in the pool", least((row) => row.number)],
     lowest_share: ["kept share, lowest first", least(share)],
     highest_share: ["kept share, highest first", least((row) => -share(row))],
-    dropped: ["dropped tokens, most first", least((row) => row.kept - row.total)],
+    dropped: ["dropped tokens, most first", least((row) => row.uncleaned ? NaN : row.kept - row.total)],
     highest: ["largest score first", least((row) => -only(row.highest))],
     lowest: ["smallest score first", least((row) => only(row.lowest))],
   };
@@ -248,6 +290,10 @@
       min: "0", max: "100", step: "any", value, "aria-label": label });
     const from = bound("from", "0", "kept share from, percent");
     const to = bound("to", "100", "kept share to, percent");
+    const step = make("select", { id: prefix + "round" }, make("option", { value: "", text: "all" }));
+    for (const round of [...new Set(arm.rows.map((row) => row.round))].sort((a, b) => a - b))
+      step.append(make("option", { value: round,
+        text: round ? "round " + round : "D_0, not cleaned" }));
     const search = make("input", { id: prefix + "search", type: "search", autocomplete: "off", spellcheck: "false" });
     const order = make("select", { id: prefix + "order" });
     for (const [key, [label]] of Object.entries(ORDERS))
@@ -262,34 +308,42 @@
     place.replaceChildren(
       make("div", { class: "controls", role: "search", "aria-label": "samples of " + named(arm.name) },
         make("label", { for: source.id }, "source", source), range,
+        ...(arm.rounds ? [make("label", { for: step.id }, "cleaned in", step)] : []),
         make("label", { for: search.id }, "text or id contains", search),
         make("label", { for: order.id }, "order", order)),
       make("div", { class: "bar" }, status, back, next), list);
     let matches = [], page = 0;
+    const others = arm.total - arm.rows.length;
+    const beyond = others === 0 ? ""
+      : `. ${count(others)} more are not in this page; \`tokenclean show\` prints any.`;
     const draw = () => {
       hide();
       const pages = Math.max(1, Math.ceil(matches.length / PAGE));
       page = Math.max(0, Math.min(page, pages - 1));
       const shown = matches.slice(page * PAGE, (page + 1) * PAGE);
-      status.textContent = `${count(matches.length)} of ${count(arm.rows.length)} samples match`
-        + (matches.length ? `; ${count(page * PAGE + 1)} to ${count(page * PAGE + shown.length)} below` : "");
+      status.textContent = `${count(matches.length)} of ${count(arm.rows.length)} samples ${others ? "shown " : ""}match`
+        + (matches.length ? `; ${count(page * PAGE + 1)} to ${count(page * PAGE + shown.length)} below` : "")
+        + beyond;
       back.disabled = page === 0;
       next.disabled = page >= pages - 1;
       list.replaceChildren(...shown.map((row) => article(arm, row)));
     };
     const filter = () => {
-      const wanted = search.value.toLowerCase(), low = from.value === "" ? 0 : Number(from.value);
-      const high = to.value === "" ? 100 : Number(to.value), name = sources[source.value];
+      const wanted = search.value.toLowerCase(), name = sources[source.value];
+      // bounds the wrong way round are meant the other way
+      const [low, high] = [from.value === "" ? 0 : Number(from.value),
+        to.value === "" ? 100 : Number(to.value)].sort((a, b) => a - b);
       matches = arm.rows.filter((row) => {
         const text = data.texts[row.text], kept = 100 * share(row);
         return (source.value === "" || text.source === name)
+          && (step.value === "" || row.round === Number(step.value))
           && ((low <= 0 && high >= 100) || (kept >= low && kept <= high))
           && (wanted === "" || whole(text).includes(wanted) || text.id.toLowerCase().includes(wanted));
       }).sort(ORDERS[order.value][1]);
       page = 0;
       draw();
     };
-    for (const element of [source, order]) element.addEventListener("change", filter);
+    for (const element of [source, order, step]) element.addEventListener("change", filter);
     for (const element of [from, to, search]) element.addEventListener("input", filter);
     back.addEventListener("click", () => { page--; draw(); });
     next.addEventListener("click", () => { page++; draw(); });
@@ -297,12 +351,12 @@
     const open = (id, position) => {
       const find = () => matches.findIndex((row) => data.texts[row.text].id === id);
       if (find() < 0) {
-        source.value = ""; from.value = "0"; to.value = "100"; search.value = "";
+        source.value = ""; step.value = ""; from.value = "0"; to.value = "100"; search.value = "";
         filter();
       }
       const at = find();
       if (at < 0) {
-        status.textContent = `The sample ${named(id)} is not among the ${count(arm.rows.length)} shown here.`;
+        status.textContent = `The sample ${named(id)} is not among the ${count(arm.rows.length)} in this page.`;
         place.scrollIntoView();
         return;
       }
@@ -310,8 +364,9 @@
       draw();
       const element = list.children[at % PAGE], body = element.querySelector(".text");
       element.classList.add("chosen");
+      rest();
       element.scrollIntoView({ block: "start" });
-      const inside = Number(position) - data.texts[matches[at].text].first;
+      const inside = Number(position) - 1 - data.texts[matches[at].text].first;
       const token = position === undefined ? null : body.children[inside];
       (token ?? element.querySelector("a")).focus();
     };
@@ -320,6 +375,7 @@
   };
 
   /* One arm at a time; without this script they stand one below the other. */
+  const opened = data.arms[data.first];
   const choose = (chosen) => {
     for (const arm of data.arms) {
       byId(arm.slug).hidden = arm !== chosen;
@@ -338,13 +394,17 @@
   };
   const decoded = (text) => { try { return decodeURIComponent(text); } catch { return text; } };
   const go = () => {
+    hide();
     const [place, kind, id, position] = location.hash.slice(1).split("/");
     const target = place ? byId(decoded(place)) : null;
     const owner = target?.closest("[data-arm]");
-    if (owner || !target) choose(owner ? data.arms[owner.dataset.arm] : data.arms[0]);
+    if (owner || !target) choose(owner ? data.arms[owner.dataset.arm] : opened);
     if (kind === "sample" && owner && id !== undefined)
       browser(data.arms[owner.dataset.arm]).open(decoded(id), position);
-    else target?.scrollIntoView();
+    else {
+      if (target?.tagName === "DETAILS") target.open = true;
+      target?.scrollIntoView();
+    }
   };
   window.addEventListener("hashchange", go);
   // a link to the sample that the address names already changes no hash
@@ -352,15 +412,21 @@
     const link = event.target.closest?.("a[href^='#']");
     if (link && link.hash === location.hash) go();
   });
-  for (const arm of data.arms.slice(1)) byId(arm.slug).hidden = true;
-  choose(data.arms[0]);
+  choose(opened);
   if (location.hash) go();
 
-  /* Boxes are stops for the keyboard only where there is something to scroll. */
+  /* Boxes are stops for the keyboard only where there is something to scroll; they show it. */
+  const cue = (box) => box.classList.toggle("more",
+    box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  for (const box of document.querySelectorAll(".scroll, .sheet"))
+    box.addEventListener("scroll", () => cue(box), { passive: true });
   const stops = () => {
     for (const box of document.querySelectorAll(".scroll, .sheet")) {
-      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+      const sideways = box.scrollWidth > box.clientWidth + 1;
+      if (sideways) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
+      box.classList.toggle("sideways", sideways);
+      cue(box);
     }
   };
   new ResizeObserver(stops).observe(document.querySelector("main"));

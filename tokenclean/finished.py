@@ -182,8 +182,8 @@ class FinishedRun:
             if self._trusted:
                 raise
             raise ValueError(
-                f"{error}\nName the tokenizer with --tokenizer; if it comes with code that you trust, "
-                "pass --trust_remote_code"
+                f"{error}\nName the tokenizer with --tokenizer; if it comes with code that you "
+                "trust, pass --trust_remote_code"
             ) from error
         made = {str(arm.manifest["tokenizer"]) for arm in self.arms.values()}
         now = fingerprint_tokenizer(tokenizer)

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.finished import FinishedRun
-from tokenclean.report.board import HPARAMS, METRICS, write_board
+from tokenclean.report.board import HPARAMS, METRICS, hparams, write_board
 
 REASONS = {"0": "kept", "1": "prompt", "2": "below the cut"}
 
@@ -287,3 +288,12 @@ def test_the_same_run_gives_the_same_bytes(finished: FinishedRun, tmp_path: Path
     # again into the same folder: in the place of the files before, not beside them
     write_board(finished, tmp_path / "one")
     assert len([p for p in (tmp_path / "one").rglob("*") if p.is_file()]) == 2
+
+
+def test_an_estimated_keep_share_is_its_number() -> None:
+    manifest = {"selection": {"rule": "token_cleaning", "keep": "auto"}, "share": {"keep": 0.75}}
+    run: Any = SimpleNamespace(config={}, root=Path("outputs/run"), base=None)
+    arm: Any = SimpleNamespace(name="a", manifest=manifest)
+    assert hparams(run, arm)["keep"] == 0.75
+    del manifest["share"]
+    assert "keep" not in hparams(run, arm)

@@ -123,12 +123,15 @@ def hparams(run: FinishedRun, arm: CleanedArm) -> dict[str, str | float]:
     manifest, config = arm.manifest, run.config
     selection = manifest.get("selection") or {}
     asked = ((config.get("loop") or {}).get("arms") or {}).get(arm.name) or {}
+    keep = selection.get("keep")
+    if keep == "auto":
+        keep = (manifest.get("share") or {}).get("keep")
     found: dict[str, Any] = {
         "run": run.root.name,
         "arm": arm.name,
         "rule": selection.get("rule"),
         "level": selection.get("scope"),
-        "keep": selection.get("keep") if is_ranked(arm) else None,
+        "keep": keep if is_ranked(arm) else None,
         "schedule": manifest.get("schedule") or asked.get("schedule"),
         "weighting": asked.get("weighting"),
         "seed": manifest.get("seed", config.get("seed_everything")),

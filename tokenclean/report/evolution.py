@@ -273,7 +273,7 @@ def _accuracies(counted: Counted, section: Section) -> None:
     """Accuracy along the rounds, where models were evaluated."""
     results = {t: r for t, r in round_results(counted.run, counted.arm).items() if r.accuracy}
     if not any(t > 0 for t in results):
-        section.text.append("No round's model was evaluated.")
+        section.text.append("No test questions were asked of the rounds' models.")
         return
     lacking = [s.title for s in counted.steps if s.number not in results]
     if lacking:

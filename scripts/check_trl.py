@@ -1,7 +1,7 @@
 """Does TRL train on exactly the tokens that were kept? Asked of several versions of it.
 
     python scripts/check_trl.py                                    # 0.24.0, 1.6.0, 1.9.0, newest
-    python scripts/check_trl.py --versions 1.9.0 --work /tmp/trl   # one, in a folder of yours
+    python scripts/check_trl.py --versions 1.9.0 --work DIR   # one, in a folder of yours
 
 A small cleaned pool is exported with `tokenclean export --to trl`; each version gets an environment
 of its own (about 1.5 GB and two minutes each; made once), in which `scripts/trl_probe.py` trains on

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
-from torch.utils.data import DataLoader
 
 from scripts import bench_published as published
 from scripts.bench_measure import (
@@ -36,13 +35,14 @@ from scripts.bench_workload import (
     write_pool,
 )
 from tokenclean.cleaning.apply import ScoredRows, clean
-from tokenclean.data.batches import collate, plan_batches
+from tokenclean.data.batches import plan_batches
 from tokenclean.data.datamodule import PlannedBatches
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, Network
 from tokenclean.scoring.module import ScoringModule
-from tokenclean.scoring.table import ScoreTable, ScoreWriter
+from tokenclean.scoring.table import ScoreTable, write_scores
+from tokenclean.scoring.writer import ScoreWriter
 from tokenclean.selection.rule import TokenBlock
 from tokenclean.selection.select import Selected, SelectionConfig, select
 
@@ -148,30 +148,10 @@ def padded(pool: TokenPool, losses: list[np.ndarray]) -> list[list[float]]:
     return table
 
 
-class _NoTrainer:
-    """What `ScoreWriter` asks of a trainer, where losses do not come from a model."""
-
-    is_global_zero, received_sigterm = True, False
-
-    @property
-    def strategy(self) -> _NoTrainer:
-        return self
-
-    def barrier(self, name: str) -> None:
-        pass
-
-
 def write_score_table(folder: Path, pool: TokenPool, losses: list[np.ndarray], model: str) -> None:
     """A score table with these losses, through the package's own writer."""
-    rows, trainer = TokenRows(pool), _NoTrainer()
     manifest = {"pool": pool.fingerprint, "model": model, "trained_on": []}
-    writer: Any = ScoreWriter(rows, folder, manifest)
-    writer.on_predict_start(trainer, None)
-    for number, members in enumerate(plan_batches(rows.lengths, 1 << 20)):
-        batch = collate([rows[int(row)] for row in members])
-        values = torch.from_numpy(np.concatenate([losses[row] for row in batch.rows]))
-        writer.write_on_batch_end(trainer, None, values, None, batch, number, 0)
-    writer.on_predict_end(trainer, None)
+    write_scores(folder, TokenRows(pool), {"nll": np.concatenate(losses)}, manifest)
 
 
 def select_on_disk(folder: Path) -> Selected:
@@ -274,19 +254,20 @@ def score(network: Network, folder: Path, device: str) -> None:
     pool = TokenPool(folder / "pool")
     rows = TokenRows(pool)
     manifest = {"pool": pool.fingerprint, "model": "tiny", "trained_on": []}
+    plan = plan_batches(rows.lengths, BUDGET, network.layout)
+    planned = PlannedBatches(rows, plan, network.layout, 0)
+    writer = ScoreWriter(planned, folder / "scores", manifest)
     trainer = Trainer(
         accelerator=device,
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ScoreWriter(rows, folder / "scores", manifest)],
+        callbacks=[writer],
     )
     module = ScoringModule(BaseConfig(name="tiny"))
-    module.network = network
-    plan = plan_batches(rows.lengths, BUDGET, network.layout)
-    loader = DataLoader(PlannedBatches(rows, plan, network.layout, 0), batch_size=None)
-    trainer.predict(module, loader, return_predictions=False)
+    module.network, module.writer = network, writer
+    trainer.predict(module, return_predictions=False)
 
 
 def _growth(

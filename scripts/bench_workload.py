@@ -18,17 +18,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenclean.arrow import (
-    MANIFEST,
-    ROWS_PER_SHARD,
-    complete_folder,
-    list_array,
-    write_json,
-    write_shard,
-)
+from tokenclean.arrow import ROWS_PER_SHARD, list_array, write_shard
 from tokenclean.data.datamodule import CPU_BUDGET, GPU_BUDGET
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.models import LoraSettings, Network
+from tokenclean.publish import MANIFEST, complete_folder, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 EOS = 1

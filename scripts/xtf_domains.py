@@ -26,9 +26,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tokenclean import cli
-from tokenclean.arrow import read_manifest
 from tokenclean.cleaning.apply import reasons_table
 from tokenclean.data.cleaned import DATA, KIND
+from tokenclean.publish import read_manifest
 from tokenclean.scoring.table import ScoreTable
 from tokenclean.selection.xtf import NOVELTY, REASONING, RELEVANCE
 

@@ -22,11 +22,11 @@ from test_scoring import data_for, trainer_for
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from tokenclean import cli
-from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning.apply import ScoredRows
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, Network
+from tokenclean.publish import MANIFEST
 from tokenclean.scoring.attributes import EXPERTS, AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import tokenclean
 from tokenclean import cli, commands
 from tokenclean.data.datamodule import CPU_BUDGET
+from tokenclean.interrupts import Stopped
 from tokenclean.models import Network
 
 ROOT = Path(__file__).parent.parent
@@ -100,15 +101,9 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return error
 
 
-class Sigterm(SystemExit):
-    """Stands for Lightning's SIGTERMException, by its name."""
-
-
-Sigterm.__name__ = "SIGTERMException"
-
-
 @pytest.mark.parametrize(
-    ("swallowed", "code"), [(Sigterm(), 143), (SystemExit(1), 130), (KeyboardInterrupt(), 130)]
+    ("swallowed", "code"),
+    [(Stopped("SIGTERM"), 143), (SystemExit(1), 130), (KeyboardInterrupt(), 130)],
 )
 def test_a_signal_never_looks_like_success(
     swallowed: BaseException,
@@ -124,6 +119,14 @@ def test_a_signal_never_looks_like_success(
         cli.main(["fit"])
     assert stop.value.code == code
     assert "goes on where it stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "study", "report"])
+def test_what_runs_in_one_process_is_refused_in_several(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in fails(capsys, verb, "--help")
 
 
 @pytest.mark.slow

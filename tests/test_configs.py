@@ -15,10 +15,10 @@ from conftest import byte_level_tokenizer, conversation, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tokenclean import cli
-from tokenclean.arrow import MANIFEST
 from tokenclean.data.formats import BadLine, Reader, Sample
 from tokenclean.data.planted import PlantedSettings, write_planted
 from tokenclean.models import BaseConfig, Network
+from tokenclean.publish import MANIFEST
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

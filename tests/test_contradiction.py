@@ -14,7 +14,6 @@ from test_loop import planted_file, run
 from test_scoring import data_for, trainer_for
 from transformers import AutoModelForCausalLM
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning.apply import ScoredRows, clean
 from tokenclean.cleaning.arms import Arm, halves
 from tokenclean.commands import select as select_verb
@@ -22,6 +21,7 @@ from tokenclean.data.cleaned import DATA
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, trained_ids
+from tokenclean.publish import MANIFEST
 from tokenclean.scoring import table as table_module
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_llama
 from torch import Tensor
 
-from tokenclean.arrow import MANIFEST, list_array, write_json, write_shard
+from tokenclean.arrow import list_array, write_shard
 from tokenclean.data.batches import Batch, collate
 from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
@@ -27,6 +27,7 @@ from tokenclean.evaluation.planted import (
     mean_nll,
 )
 from tokenclean.models import Network
+from tokenclean.publish import MANIFEST, write_json
 
 EOS = 1
 

@@ -19,10 +19,10 @@ from test_export import Row, tree, write_pool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean import cli
-from tokenclean.arrow import write_json
 from tokenclean.data.planted import main as planted
 from tokenclean.export.verb import export
 from tokenclean.models import TRAINED_IDS, BaseConfig, LoraSettings, Network, load_tokenizer
+from tokenclean.publish import write_json
 
 PLANTED = Path(__file__).parent.parent / "tokenclean" / "data" / "planted_base"
 LORA = LoraSettings(r=4, alpha=8, dropout=0.0)

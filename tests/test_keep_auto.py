@@ -16,7 +16,6 @@ from test_scoring import data_for
 from test_study_tables import mask, write_run
 
 from tokenclean import commands
-from tokenclean.arrow import MANIFEST, write_json
 from tokenclean.cleaning.alignment import BLOCKS, DECILES, _gradients, _table
 from tokenclean.cleaning.apply import ScoredRows, with_share
 from tokenclean.cleaning.arms import halves
@@ -25,6 +24,7 @@ from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, LoraSettings, Network, load_tokenizer
 from tokenclean.noise_verb import loop_of, noise
+from tokenclean.publish import MANIFEST, write_json
 from tokenclean.scoring.probe import Probe, contrast, sentence_ends, share, write_probe
 from tokenclean.selection.noise import MIN_SAMPLES, PARTNERS
 from tokenclean.selection.select import SelectionConfig

@@ -387,7 +387,7 @@ def test_the_reference_is_base_plus_stack(finished: Path, model_folder: Path) ->
     ("arms", "message"),
     [
         ({}, "loop.arms"),
-        ({"a/b": Arm(schedule="warmup")}, "folder name"),
+        ({"a/b": Arm(schedule="warmup")}, "separator of folders"),
         ({"base": Arm(schedule="warmup")}, "always run"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from conftest import byte_level_tokenizer, conversation, tiny_llama, write_jsonl
 from test_loop import planted_file, run
 
-from tokenclean.arrow import MANIFEST
+from tokenclean.publish import MANIFEST
 from tokenclean.scoring.table import ScoreTable
 
 FIXED: dict[str, Any] = {"fixed": {"schedule": "fixed_model"}}

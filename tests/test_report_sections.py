@@ -16,7 +16,6 @@ import yaml
 from conftest import character_tokenizer
 from matplotlib.figure import Figure
 
-from tokenclean.arrow import write_json
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.planted import BOILERPLATE_LAST
 from tokenclean.data.template import fingerprint_tokenizer
@@ -24,6 +23,7 @@ from tokenclean.evaluation.planted import Accuracy
 from tokenclean.finished import FinishedRun
 from tokenclean.models import BaseConfig
 from tokenclean.models.loading import load_tokenizer
+from tokenclean.publish import write_json
 from tokenclean.report import plots
 from tokenclean.report.content import Section, Table
 from tokenclean.report.evolution import _broken

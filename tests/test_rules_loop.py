@@ -18,8 +18,8 @@ from test_loop import planted_file, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenclean import cli
-from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import DATA
+from tokenclean.publish import MANIFEST
 from tokenclean.scoring.table import ScoreTable
 
 WORDS = ["say", "number"]
@@ -190,13 +190,13 @@ def test_a_rule_is_one_file_and_one_yaml(
     (tmp_path / "own_rules").mkdir()
     (tmp_path / "own_rules" / "first.py").write_text(OURS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "own_rules")
     arm = {"schedule": "fixed_model", "rule": "own_rules.first", "options": {"tokens": 3}}
     (tmp_path / "first.yaml").write_text(yaml.safe_dump({"loop": {"arms": {"first": arm}}}))
     data = planted_file(tmp_path)
     cli.main(
         [
             *("clean", "-c", str(tmp_path / "first.yaml"), "--model.base.name", str(model_folder)),
+            *("--trust_import", "own_rules"),
             *("--data.path", str(data), "--data.cache_dir", str(tmp_path / "cache")),
             *("--outputs", str(tmp_path), "--name", "run"),
             *("--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),

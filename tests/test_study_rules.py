@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.costs import Cost
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
@@ -29,6 +28,7 @@ from tokenclean.data.planted import (
 )
 from tokenclean.evaluation.planted import Accuracy, MaskQuality
 from tokenclean.models import BaseConfig, load_tokenizer
+from tokenclean.publish import write_json
 from tokenclean.study.cells import Cell
 from tokenclean.study.masks import kappa
 from tokenclean.study.rules import describe, normalisation, reads

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.evaluation.planted import Accuracy, MaskQuality
+from tokenclean.publish import write_json
 from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import Spread, Table, groups_of, headlines_of, spread
 from tokenclean.study.compare import difference

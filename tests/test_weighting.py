@@ -45,6 +45,7 @@ from tokenclean.models import BaseConfig
 from tokenclean.named import names_in
 from tokenclean.training.module import CleanedSFTModule
 from tokenclean.training.weights import PACKAGE, Tokens, Weighting, make_weighting, top_share
+from tokenclean.trust import trusting
 
 
 def tokens(nll: list[float], rows: list[int] | None = None, **columns: list[float]) -> Tokens:
@@ -510,11 +511,11 @@ def test_a_weighting_of_ones_own(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     options: dict[str, Any] = {"weighting": "mine.thirds", "weighting_options": {"times": 2}}
-    with pytest.raises(ValueError, match=r"model\.weighting: .*TOKENCLEAN_ALLOW_IMPORTS=mine"):
+    with pytest.raises(ValueError, match=r"model\.weighting: .*--trust_import mine\.thirds"):
         CleanedSFTModule(BaseConfig("not loaded"), **options)
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "mine")
     network = adapted(model_folder)
-    plain, scaled = fit(network, data, data.pool), fit(network, data, data.pool, options)
+    with trusting(["--trust_import=mine"]):
+        plain, scaled = fit(network, data, data.pool), fit(network, data, data.pool, options)
     assert scaled.losses[0] == pytest.approx(plain.losses[0] * 2 / 3, rel=1e-6)
     for module in ("mine.thirds", "mine"):
         sys.modules.pop(module)

@@ -17,6 +17,7 @@ from test_training import relative
 from tokenclean import commands
 from tokenclean.cleaning.arms import Arm
 from tokenclean.training.weights import Tokens, make_weighting
+from tokenclean.trust import trusting
 
 ONLINE = {
     "full": {"schedule": "fixed_model", "rule": "full"},
@@ -165,7 +166,7 @@ def test_the_weighting_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "of_readme").mkdir()
     (tmp_path / "of_readme" / "sure.py").write_text(imports + code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "of_readme")
-    made = make_weighting("of_readme.sure", {"p": 0.25})
+    with trusting(["--trust_import", "of_readme"]):
+        made = make_weighting("of_readme.sure", {"p": 0.25})
     nll = torch.tensor([0.0, 1.0, 1.5], dtype=torch.float64)  # p = 1, 0.37, 0.22
     assert made.weights(Tokens(torch.zeros(3), nll)).tolist() == [1.0, 1.0, 0.0]

@@ -7,73 +7,22 @@ could be mistaken for a result.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MANIFEST = "manifest.json"
+from tokenclean.publish import MANIFEST, read_manifest
+
 #: Rows per shard, and so what a writer holds in memory: some MB for samples of ordinary length.
 ROWS_PER_SHARD = 1024
 #: Values looked at at a time: enough to forget Python, few enough to stay in the cache.
 BLOCK_VALUES = 1 << 17
-
-
-@contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` only if the block finishes.
-
-    Where ``path`` is a link, what it points to is replaced and the link stays.
-    """
-    path = path.resolve()
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        partial.rename(path)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        # Or else another process has finished the same folder meanwhile.
-        if not (path / MANIFEST).is_file():
-            raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a torn one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a table folder.
-
-    Raises:
-        ValueError: if the folder has none, or holds another kind of table.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a {kind}: it has no {MANIFEST}")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {manifest.get('kind')}, not a {kind}")
-    return manifest
 
 
 def write_shard(folder: Path, number: int, batch: pa.RecordBatch) -> None:
@@ -255,17 +204,37 @@ class TextColumn(_Column, Sequence[str]):
 
 
 class ArrowTable:
-    """A finished table: memory-mapped, so opening costs the same for any size."""
+    """A finished table: memory-mapped, so opening costs the same for any size.
+
+    Class attributes:
+        states: what the manifest must state, and as what.
+
+    Raises:
+        ValueError: if the folder holds another kind of table, or is damaged.
+    """
+
+    states: ClassVar[dict[str, type]] = {}
 
     def __init__(self, folder: Path, kind: str):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, kind)
+        for name, wanted in {"rows": int, **self.states}.items():
+            if not isinstance(self.manifest.get(name), wanted):
+                raise ValueError(
+                    f"{self.folder / MANIFEST} is damaged: it states no {name}; delete the folder "
+                    "and write it again"
+                )
         parts = sorted(self.folder.glob("part-*.arrow"))
         self._batches: list[pa.RecordBatch] = []
         for part in parts:
-            # The arrays keep their map alive.
-            reader = pa.ipc.open_file(pa.memory_map(str(part), "r"))
-            self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            try:
+                # The arrays keep their map alive.
+                reader = pa.ipc.open_file(pa.memory_map(str(part), "r"))
+                self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f"{part} is damaged: {str(error)[:200]}; delete the folder and write it again"
+                ) from error
         rows = sum(b.num_rows for b in self._batches)
         if rows != self.manifest["rows"]:
             raise ValueError(

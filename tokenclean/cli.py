@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from tokenclean import __version__
+from tokenclean import __version__, interrupts, trust
 
 #: Verb -> the module that has a function of that name, and what it does.
 VERBS = {
@@ -25,6 +25,9 @@ VERBS = {
     "results": ("study.verb", "print the tables of finished runs and studies again"),
 }
 
+#: Verbs that several processes can share.
+SHARED = ("fit", "score", "select", "clean")
+
 
 def _help() -> str:
     verbs = "\n".join(f"  {name:8} {text}" for name, (_, text) in VERBS.items())
@@ -36,6 +39,7 @@ verbs:
 {verbs}
 
 Several -c files are laid over one another in order, options come last.
+{trust.HELP}.
 `tokenclean VERB --help` lists a verb's options. Each file under configs/ opens with its command.
 """
 
@@ -57,29 +61,39 @@ def main(argv: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
+    interrupts.listen()
+    try:
+        with trust.trusting(args[1:]) as words:
+            _run(verb, words)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("TOKENCLEAN_TRACEBACK"):
+            raise
+        print(f"tokenclean {verb}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except interrupts.Stopped:
+        raise _stopped(verb, interrupts.EXIT_CODE) from None
+    except KeyboardInterrupt:
+        raise _stopped(verb, 130) from None
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C inside a Trainer into a bare 1. Half a run must not look like a
+        # whole one to whoever waits for it.
+        if stop.code == 1:
+            raise _stopped(verb, 130) from None
+        raise
+
+
+def _run(verb: str, args: list[str]) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in SHARED:
+        raise ValueError(
+            f"`{verb}` runs in one process; start it without torchrun (for {', '.join(SHARED)})"
+        )
     started = time.perf_counter()
     module = importlib.import_module(f"tokenclean.{VERBS[verb][0]}")
     # What only reads a finished run does without Lightning, and starts sooner.
     commands: Any = sys.modules.get("tokenclean.commands")
     if commands is not None:
         commands.import_seconds = time.perf_counter() - started
-    try:
-        getattr(module, verb)(args[1:])
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("TOKENCLEAN_TRACEBACK"):
-            raise
-        print(f"tokenclean {verb}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise _stopped(verb, 130) from None
-    except SystemExit as stop:
-        # Inside a Trainer, Lightning turns SIGTERM into a clean exit and Ctrl-C into a bare 1.
-        # Half a run must not look like a whole one to whoever waits for it.
-        if type(stop).__name__ == "SIGTERMException":
-            raise _stopped(verb, 143) from None
-        if stop.code == 1:
-            raise _stopped(verb, 130) from None
-        raise
+    getattr(module, verb)(args)
 
 
 def _stopped(verb: str, code: int) -> SystemExit:

@@ -14,16 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning import LightningModule
+from lightning.pytorch.callbacks import (
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    Timer,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.optim import Optimizer
 
-from tokenclean.arrow import MANIFEST, complete_folder, read_manifest, write_json
-from tokenclean.cleaning.apply import ScoredRows, reasons_table
+from tokenclean.cleaning.apply import ScoredRows, cleaned_manifest, reasons_table
 from tokenclean.cleaning.apply import clean as clean_rows
-from tokenclean.cleaning.arms import LoopConfig
+from tokenclean.cleaning.arms import Arm, LoopConfig
 from tokenclean.cleaning.loop import CleaningLoop
 from tokenclean.cleaning.results import results_markdown
 from tokenclean.costs import (
@@ -32,6 +45,7 @@ from tokenclean.costs import (
     Ledger,
     charge_scoring,
     charge_training,
+    check_room,
     directory_bytes,
     tokenise,
 )
@@ -50,15 +64,15 @@ from tokenclean.models import (
     load_tokenizer,
     trained_ids,
 )
-from tokenclean.models.loading import load_config
-from tokenclean.named import importable
+from tokenclean.models.loading import Speed, load_config
+from tokenclean.parsing import Parser, Refusing, allow
 from tokenclean.plan import Planner, Rows
+from tokenclean.publish import MANIFEST, complete_folder, read_manifest, verify, write_json
 from tokenclean.runs import (
     SUMMARY,
-    log_to,
     open_run,
+    process_rank,
     run_folder,
-    stop_if_interrupted,
     write_summary,
 )
 from tokenclean.scoring.attributes import AttributeSettings
@@ -66,23 +80,33 @@ from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.logprobs import check_file, import_logprobs
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.probe import Probe, sentence_ends, write_probe
+from tokenclean.scoring.shards import discard_shards
 from tokenclean.scoring.table import ScoreTable
+from tokenclean.selection.exchange import join
 from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import describe_need
 from tokenclean.selection.select import SelectionConfig
-from tokenclean.training.module import CleanedSFTModule
+from tokenclean.trainer import Trainer
+from tokenclean.training.module import CleanedSFTModule, paper_optimizer
+from tokenclean.trust import read_yaml, safe_name
 
 log = logging.getLogger("tokenclean")
 
-# A configuration may name classes, and naming a class runs it: only these packages may be named.
-# TOKENCLEAN_ALLOW_IMPORTS adds others (comma-separated), for one's own callbacks and the like.
-set_parsing_settings(
-    import_path_denylist=["*"],
-    import_path_allowlist=[
-        "lightning.pytorch",
-        "torch.optim",
-        *importable(),
-    ],
+_OPTIMIZERS = [
+    value
+    for value in vars(torch.optim).values()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+]
+# What a configuration may name, class by class. What takes functions, reads pickles or talks to a
+# service is left out; `--trust_import` adds it.
+allow(
+    *(BaseConfig, Speed, LoraSettings, SelectionConfig, AttributeSettings, LoopConfig, Arm),
+    *(paper_optimizer, *_OPTIMIZERS),
+    *(ModelCheckpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor, Timer),
+    *(TQDMProgressBar, RichProgressBar, ModelSummary, RichModelSummary),
+    *(TensorBoardLogger, CSVLogger),
+    *(DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy),
+    *(SimpleProfiler, AdvancedProfiler),
 )
 
 #: folder of a run of `score`, beside its table
@@ -98,6 +122,10 @@ _TRAINING_PRECISION = "bf16-mixed" if _ON_GPU else "32-true"
 import_seconds = 0.0
 
 
+class _LightningParser(Refusing, LightningArgumentParser):
+    """LightningCLI's parser, which refuses what is not allowed."""
+
+
 class _Cli(LightningCLI):
     """LightningCLI with run folders of our own; instantiates, never runs."""
 
@@ -108,8 +136,10 @@ class _Cli(LightningCLI):
         super().__init__(
             model_class,
             TuluDataModule,
+            trainer_class=Trainer,
             run=False,
             args=argv,
+            parser_class=_LightningParser,
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -182,13 +212,18 @@ class _Cli(LightningCLI):
                 self.plain.pop(option, None)
         if "logprobs" in self.plain:
             _note_content(self.plain)
+        if self.verb == "score":
+            # The numbers are the same however many processes there are, and others may go on.
+            self.plain["trainer"].update(devices="auto", num_nodes=1, strategy="auto")
         self.folder = _folder(self.config, self.plain, self.verb)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         kwargs = {"default_root_dir": str(self.folder), **kwargs}
         if self.config_init["trainer"].get("logger") is None:
             kwargs.setdefault("logger", _tensorboard(self.folder) if self.verb == "fit" else False)
-        return super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
+        return trainer
 
     def attach_tokenizer(self, base: BaseConfig) -> None:
         """Load the tokenizer and check base and data against each other, before any weight."""
@@ -235,59 +270,57 @@ def fit(argv: list[str]) -> None:
         planner, costs = _fit_estimate(cli, module)
         print(planner.report(costs))
         return
-    open_run(cli.folder, cli.plain)
+    with open_run(cli.folder, cli.plain):
+        _fit(cli, module, begun)
+
+
+def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
     result = cli.folder / ("model" if module.lora is None else "adapter")
-    if (result / TRAINED_IDS).is_file():
+    merged = cli.folder / "merged" if module.save_merged and module.lora is not None else None
+    if (result / TRAINED_IDS).is_file() and (cli.folder / SUMMARY).is_file():
         print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
         return
     checkpoints = cli.folder / "checkpoints"
     trainer: Any = cli.trainer
-    if not any(isinstance(c, ModelCheckpoint) and c.dirpath for c in _callbacks(trainer)):
-        for callback in _callbacks(trainer):
-            if isinstance(callback, ModelCheckpoint):
-                callback.dirpath, callback.save_last = str(checkpoints), "link"
-    last = checkpoints / "last.ckpt"
     ledger, arm = cli.ledger(begun), cli.folder.name
-    with log_to(cli.folder):
-        tokenise(cli.datamodule, ledger, arm)
-        with ledger.measure(arm, "train", network=lambda: module.network) as cost:
-            trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
-            stop_if_interrupted(trainer)
-            assert module.network is not None
-            module.network.freeze()
-            loader: Any = trainer.train_dataloader
-            rows: TokenRows = loader.dataset.rows
-            before = (Path(name) for name in (module.base.name, *module.adapters))
-            ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
-            if trainer.is_global_zero:
-                tokenizer = cli.datamodule.tokeniser.tokenizer
-                with complete_folder(result) as partial:
-                    if module.lora is None:
-                        module.network.save_merged(partial, tokenizer)
-                    else:
-                        module.network.save_stack(partial)
-                    write_json(partial / TRAINED_IDS, sorted(ids))
-                if module.save_merged and module.lora is not None:
-                    module.network.save_merged(cli.folder / "merged", tokenizer)
-            shape = _shape(module.base)
-            charge_training(cost, shape, cli.datamodule, rows, trainer, module.lora)
-            cost.disk = directory_bytes([result, checkpoints, cli.folder / "merged"])
+    tokenise(cli.datamodule, ledger, arm)
+    with ledger.measure(arm, "train", network=lambda: module.network) as cost:
+        keeps = bool(trainer.checkpoint_callbacks)  # --trainer.enable_checkpointing
+        trainer.fit_within(checkpoints if keeps else None, module, cli.datamodule)
+        assert module.network is not None
+        module.network.freeze()
+        loader: Any = trainer.train_dataloader
+        rows: TokenRows = loader.dataset.rows
+        before = (Path(name) for name in (module.base.name, *module.adapters))
+        ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
         if trainer.is_global_zero:
-            ledger.store()
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            metrics |= module.last_step
-            write_summary(
-                cli.folder,
-                {
-                    "steps": trainer.global_step,
-                    "samples": len(rows),
-                    "kept_tokens": int((rows.counts - rows.negative).sum()),
-                    "response_tokens": int(rows.responses.sum()),
-                    **metrics,
-                    **ledger.summary(),
-                    "result": str(result),
-                },
-            )
+            tokenizer = cli.datamodule.tokeniser.tokenizer
+            if merged is not None:  # before the result, which says that all is done
+                with complete_folder(merged) as partial:
+                    module.network.save_merged(partial, tokenizer)
+            with complete_folder(result) as partial:
+                if module.lora is None:
+                    module.network.save_merged(partial, tokenizer)
+                else:
+                    module.network.save_stack(partial)
+                write_json(partial / TRAINED_IDS, sorted(ids))
+        shape = _shape(module.base)
+        charge_training(cost, shape, cli.datamodule, rows, trainer, module.lora)
+        cost.disk = directory_bytes([result, checkpoints, cli.folder / "merged"])
+    if trainer.is_global_zero:
+        ledger.store()
+        write_summary(
+            cli.folder,
+            {
+                "steps": trainer.global_step,
+                "samples": len(rows),
+                "kept_tokens": int((rows.counts - rows.negative).sum()),
+                "response_tokens": int(rows.responses.sum()),
+                **module.metrics(),
+                **ledger.summary(),
+                "result": str(result),
+            },
+        )
 
 
 def score(argv: list[str]) -> None:
@@ -295,53 +328,60 @@ def score(argv: list[str]) -> None:
     begun = _begin()
     cli = _Cli("score", ScoringModule, argv, precision="16-mixed" if _ON_GPU else "32-true")
     module: ScoringModule = cli.model
-    data: TuluDataModule = cli.datamodule
     _check_import(cli, module)
     cli.attach_tokenizer(module.base)
     if cli.estimate:
         print(_score_estimate(cli, module))
         return
-    open_run(cli.folder, cli.plain)
+    with open_run(cli.folder, cli.plain):
+        _score(cli, module, begun)
+
+
+def _score(cli: _Cli, module: ScoringModule, begun: float) -> None:
+    data: TuluDataModule = cli.datamodule
     table = cli.folder / "scores"
-    if (table / MANIFEST).is_file():
+    written = (table / MANIFEST).is_file()
+    if written and cli.trainer.is_global_zero:
+        discard_shards(table)  # of a call that was killed before it had done so
+    if written and (cli.folder / SUMMARY).is_file():
         print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
         return
     ledger, arm = cli.ledger(begun), cli.folder.name
-    with log_to(cli.folder):
-        trainer = cli.trainer
-        tokenise(data, ledger, arm)
-        rows = data.scored_rows()
-        if "logprobs" in cli.plain:
-            given, trained_on = cli.plain["logprobs"], cli.plain.get("logprobs_trained_on")
-            name = cli.plain.get("logprobs_model")
-            import_logprobs(Path(given), rows, table, name, trained_on and Path(trained_on))
-        else:
-            with ledger.measure(arm, "score", network=lambda: module.network) as cost:
-                module.load(trainer.strategy.root_device)
-                assert module.network is not None
-                data.layout = module.network.layout
-                if cli.plain["probe"]:
-                    probed = _write_probe(cli, module.network, rows.rows)
-                    charge_scoring(cost, _shape(module.base), *[probed] * (1 + PARTNERS))
-                # The base is what others ask for again; a reference belongs to one run.
-                cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
-                if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
-                    charge_scoring(cost, _shape(module.base), rows)
-                cost.disk = directory_bytes([table])
-        if trainer.is_global_zero:
-            ledger.store()
-            done = ScoreTable(table)
-            write_summary(
-                cli.folder,
-                {
-                    "samples": len(done),
-                    "response_tokens": done.manifest["tokens"],
-                    "mean_nll": _mean(done),
-                    "model": done.manifest["model"],
-                    **ledger.summary(),
-                    "table": str(table),
-                },
-            )
+    trainer = cli.trainer
+    tokenise(data, ledger, arm)
+    rows = data.scored_rows()
+    if written:
+        log.info("%s is there already", table)
+    elif "logprobs" in cli.plain:
+        given, trained_on = cli.plain["logprobs"], cli.plain.get("logprobs_trained_on")
+        name = cli.plain.get("logprobs_model")
+        import_logprobs(Path(given), rows, table, name, trained_on and Path(trained_on))
+    else:
+        with ledger.measure(arm, "score", network=lambda: module.network) as cost:
+            module.load(trainer.strategy.root_device)
+            assert module.network is not None
+            if cli.plain["probe"]:
+                probed = _write_probe(cli, module.network, rows.rows)
+                charge_scoring(cost, _shape(module.base), *[probed] * (1 + PARTNERS))
+            # The base is what others ask for again; a reference belongs to one run.
+            cache = None if module.adapters else ScoreCache(data.cache_dir / "scores")
+            if score_pool(module, trainer, data, rows, table, data.token_budget, cache):
+                charge_scoring(cost, _shape(module.base), rows)
+            cost.disk = directory_bytes([table])
+    if trainer.is_global_zero:
+        ledger.store()
+        done = ScoreTable(table)
+        write_summary(
+            cli.folder,
+            {
+                "samples": len(done),
+                "response_tokens": done.manifest["tokens"],
+                "mean_nll": _mean(done),
+                "model": done.manifest["model"],
+                **ledger.summary(),
+                "table": str(table),
+            },
+        )
 
 
 def _note_content(plain: dict[str, Any]) -> None:
@@ -414,7 +454,7 @@ def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> TokenRows:
 
 def select(argv: list[str]) -> None:
     """Two score tables -> cleaned pool."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="tokenclean select",
         description="Two score tables and a rule -> cleaned pool.",
         usage=_USAGE,
@@ -459,7 +499,7 @@ def select(argv: list[str]) -> None:
         pool_folder = pool_folder / "train"
     pool = TokenPool(pool_folder)
     rows = next(iter(tables.values())).rows if tables else np.arange(len(pool))
-    if base is not None and reference is not None and list(base.rows) != list(reference.rows):
+    if base and reference and not np.array_equal(base.rows, reference.rows):
         raise ValueError(
             f"--base and --reference score different rows of the pool ({len(base)} and "
             f"{len(reference)}); score the same data.subset with both models"
@@ -467,13 +507,20 @@ def select(argv: list[str]) -> None:
     probes = None
     if settings.estimates_keep:
         probes = _probe(config.base, "base"), _probe(config.reference, "reference")
-    open_run(folder, plain)
-    with log_to(folder):
+    together = join()
+    with open_run(folder, plain):
         scored = ScoredRows(pool, rows, base, reference, config.round, probes)
-        selected = clean_rows(scored, settings, config.seed, folder / "cleaned")
+        cleaned = folder / "cleaned"
+        there = np.array([(cleaned / MANIFEST).is_file() and not together.rank], dtype=np.int64)
+        if together.sum(there)[0]:  # a call was killed after it, or finished
+            _check_found(cleaned, scored, settings, config.seed)
+        else:
+            clean_rows(scored, settings, config.seed, cleaned)
+        if together.rank:
+            return
+        manifest = read_manifest(cleaned, CLEANED)
         by_reason = {}
-        if selected.rule.reasons:
-            manifest = read_manifest(folder / "cleaned", CLEANED)
+        if settings.make().reasons:
             by_reason = {"tokens_by_reason": manifest["tokens_by_reason"]}
             log.info("%s", reasons_table(manifest))
         write_summary(
@@ -481,17 +528,27 @@ def select(argv: list[str]) -> None:
             {
                 "rule": settings.rule,
                 "scope": settings.scope,
-                "response_tokens": len(selected.keep),
-                "ranked": selected.ranked,
-                "kept": selected.kept,
-                "cut": selected.cut,
-                "near_cut": selected.near_cut,
-                "noise": scored.noise,
-                "rows_seen_by_reference": int(scored.seen.sum()),
+                "response_tokens": manifest["response_tokens"],
+                "ranked": manifest["ranked_tokens"],
+                "kept": manifest["kept_tokens"],
+                **{name: manifest[name] for name in ("cut", "near_cut", "noise")},
+                "rows_seen_by_reference": manifest["rows_seen_by_reference"],
                 **by_reason,
-                "cleaned_pool": str(folder / "cleaned"),
+                "cleaned_pool": str(cleaned),
             },
         )
+
+
+def _check_found(cleaned: Path, scored: ScoredRows, settings: SelectionConfig, seed: int) -> None:
+    """Refuse a cleaned pool of an earlier call that is damaged or was made of other tables."""
+    stored, now = read_manifest(cleaned, CLEANED), cleaned_manifest(scored, settings, seed)
+    if any(stored.get(name) != now[name] for name in ("pool", "base", "reference", "scores")):
+        raise ValueError(
+            f"{cleaned} was made of other score tables than these; pass another --name, or delete "
+            "it to select anew"
+        )
+    verify(cleaned)
+    log.info("%s is there already", cleaned)
 
 
 def clean(argv: list[str]) -> None:
@@ -502,13 +559,18 @@ def clean(argv: list[str]) -> None:
         planner, costs = _clean_estimate(cli, loop, scoring_precision)
         print(planner.report(costs))
         return
-    open_run(cli.folder, cli.plain)
-    with log_to(cli.folder):
+    with open_run(cli.folder, cli.plain):
+        loop.prepare()
+        if not (cli.folder / SUMMARY).is_file():
+            planner = _planner(cli, cli.model, scoring_precision, timed=False)
+            costs = planner.clean(loop.loop, loop.selection, cli.model.save_merged)
+            check_room(cli.folder, costs)
         summary = loop.run()
-    results = summary.pop("results")
-    loop.ledger.store()
-    print(f"\n{results_markdown(results)}\n{loop.ledger.markdown()}")
-    write_summary(cli.folder, {**summary, **loop.ledger.summary()})
+        results = summary.pop("results")
+        loop.ledger.store()
+        if cli.trainer.is_global_zero:
+            print(f"\n{results_markdown(results)}\n{loop.ledger.markdown()}")
+            write_summary(cli.folder, {**summary, **loop.ledger.summary()})
 
 
 def clean_costs(argv: list[str]) -> list[Cost]:
@@ -552,11 +614,8 @@ def _loop(argv: list[str], begun: float) -> tuple[_Cli, CleaningLoop, str]:
             kwargs.update(precision=scoring_precision)
         return Trainer(**{**kwargs, **changes})
 
-    if cli.trainer.world_size > 1:
-        raise ValueError(
-            "trainer.devices: `clean` runs on one device; on several, run the stages by hand with "
-            "`fit`, `score` and `select`, which do (the README shows how)"
-        )
+    if not cli.estimate:
+        _join_processes(cli.trainer)
     cli.attach_tokenizer(cli.model.base)
     loop = CleaningLoop(
         make_module,
@@ -581,10 +640,35 @@ def _clean_estimate(
     return planner, [*pool, *planner.clean(loop.loop, loop.selection, cli.model.save_merged)]
 
 
-def _planner(cli: _Cli, module: CleanedSFTModule, scoring_precision: str) -> Planner:
+def _join_processes(trainer: Any) -> None:
+    """Connect the processes of a loop, which no step of it can start.
+
+    Raises:
+        ValueError: if there are to be several and this one is alone.
+    """
+    if trainer.world_size == 1:
+        return
+    strategy = trainer.strategy
+    if not strategy.cluster_environment.creates_processes_externally:
+        command = f"torchrun --nproc_per_node={trainer.world_size} -m tokenclean clean"
+        raise ValueError(
+            f"trainer.devices: {trainer.world_size} processes of `clean` are started from outside: "
+            f"{command} ..., or by SLURM (the README shows how)"
+        )
+    if not isinstance(strategy, DDPStrategy):
+        raise ValueError(
+            "trainer.strategy: `clean` keeps the whole base on every device (ddp); where it does "
+            "not fit, run the stages by hand with `fit`, `score` and `select`"
+        )
+    strategy.setup_environment()
+
+
+def _planner(
+    cli: _Cli, module: CleanedSFTModule, scoring_precision: str, timed: bool = True
+) -> Planner:
     return Planner(
         *(cli.datamodule, module.base, module.lora, cli.trainer, scoring_precision),
-        *(module.gradient_checkpointing, module.weighting_scope),
+        *(module.gradient_checkpointing, module.weighting_scope, timed),
     )
 
 
@@ -624,16 +708,12 @@ def _shape(base: BaseConfig) -> ModelShape:
 
 def _check_arms(files: list[str]) -> None:
     """Refuse two files that both give arms: the last one's would silently be the only ones."""
-    giving = [f for f in files if "arms" in ((_read_yaml(f) or {}).get("loop") or {})]
+    giving = [f for f in files if "arms" in ((read_yaml(f) or {}).get("loop") or {})]
     if len(giving) > 1:
         raise ValueError(
             f"loop.arms: {' and '.join(giving)} both give arms, and only the last one's would be "
             "run; put the arms you want into one file, as configs/clean/all_arms.yaml does"
         )
-
-
-def _read_yaml(file: str) -> Any:
-    return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
 
 
 def _add_place(parser: ArgumentParser) -> None:
@@ -646,6 +726,10 @@ def _add_place(parser: ArgumentParser) -> None:
 def _folder(config: Any, plain: dict[str, Any], verb: str) -> Path:
     files = config.get("config") or []
     stem = "-".join(dict.fromkeys(Path(str(file)).stem for file in files)) or verb
+    if config["name"] is None:
+        safe_name(stem, "--config")
+    else:
+        safe_name(config["name"], "--name")
     return run_folder(config["outputs"], config["name"], stem, plain)
 
 
@@ -703,7 +787,7 @@ def _begin() -> float:
 def _quieten() -> None:
     """Our own messages in full; the frameworks' chatter about things we chose on purpose, not."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +19,13 @@ from typing import Any, Literal
 
 import torch
 
-from tokenclean.arrow import write_json
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.rows import TokenRows
 from tokenclean.estimate import ModelShape, Work, forward_flops, training_flops
 from tokenclean.models import LoraSettings
+from tokenclean.publish import write_json, write_text
+
+log = logging.getLogger(__name__)
 
 #: in a run folder, for programs and for people
 COSTS, COSTS_TABLE = "costs.json", "costs.md"
@@ -154,7 +158,7 @@ class Ledger:
                 value = {"wall_seconds": self.wall_seconds, "rows": [asdict(r) for r in self.rows]}
                 write_json(self.folder / COSTS, value)
                 text = self.markdown()
-                (self.folder / COSTS_TABLE).write_text(text, encoding="utf-8")
+                write_text(self.folder / COSTS_TABLE, text)
 
     def summary(self) -> dict[str, Any]:
         """Totals for a run's summary; the share outside the model only where it was measured."""
@@ -292,6 +296,27 @@ def directory_bytes(folders: Iterable[Path]) -> int:
     """Bytes of all files in some folders and beneath; links are not followed."""
     files = (path for folder in folders for path in folder.rglob("*"))
     return sum(p.stat().st_size for p in files if p.is_file() and not p.is_symlink())
+
+
+def check_room(folder: Path, costs: list[Cost]) -> None:
+    """Compare what a run is going to write with what the disk has left.
+
+    Args:
+        folder: of the run; what an earlier call wrote there counts as written.
+        costs: what the run is estimated to cost.
+
+    Raises:
+        ValueError: if the disk has less.
+    """
+    need = sum(cost.disk for cost in costs) - directory_bytes([folder])
+    free = shutil.disk_usage(folder).free
+    sizes = quantity(max(need, 0), "B"), quantity(free, "B")
+    log.info("%s: about %s to write, %s free", folder, *sizes)
+    if need > free:
+        raise ValueError(
+            f"--outputs: {folder} is going to take about {sizes[0]} more, and its disk has "
+            f"{sizes[1]} left; make room, or choose another place"
+        )
 
 
 # -- the table --------------------------------------------------------------------------------

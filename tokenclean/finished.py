@@ -10,15 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tokenclean.arrow import read_manifest
 from tokenclean.cleaning.results import RESULTS
 from tokenclean.data.cleaned import KIND, is_cleaned_pool
 from tokenclean.data.template import fingerprint_tokenizer
 from tokenclean.models import TRAINED_IDS, BaseConfig
 from tokenclean.models.loading import load_tokenizer
+from tokenclean.publish import read_manifest
 from tokenclean.runs import CONFIG
+from tokenclean.trust import read_yaml
 
 #: What the pool of a run of `select`, or a bare cleaned pool, is called where arms have names.
 ONLY = "selected"
@@ -200,4 +199,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """A stored configuration; empty if it is not there."""
     if not path.is_file():
         return {}
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return read_yaml(path) or {}

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import pkgutil
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from tokenclean.trust import advice, is_trusted
+
 #: What an option of a rule or a weighting may be.
 Value = bool | int | float | str | None
-
-#: Environment variable: packages, comma-separated, that a configuration may name besides ours.
-ALLOW = "TOKENCLEAN_ALLOW_IMPORTS"
+#: Plain data, as deep as arms and their options lie in a study's; nothing that names a class.
+_Flat = Value | list[Value] | dict[str, Value]
+_Deep = Value | list[_Flat] | dict[str, _Flat]
+Plain = Value | list[_Deep] | dict[str, _Deep]
 
 T = TypeVar("T")
-
-
-def importable() -> list[str]:
-    """Packages whose modules a configuration may name by its own words: ours, and `ALLOW`'s."""
-    return ["tokenclean", *filter(None, map(str.strip, os.environ.get(ALLOW, "").split(",")))]
 
 
 def names_in(package: str) -> list[str]:
@@ -36,8 +33,8 @@ def make(
     """The thing of a name, with its options.
 
     A name without a dot is a module of ``package``; one with dots is a module anywhere on the
-    Python path whose package is `importable`, so that others add theirs without a change here. The
-    module holds exactly one dataclass derived from ``kind``.
+    Python path, so that others add theirs without a change here, and must be trusted on the command
+    line. The module holds exactly one dataclass derived from ``kind``.
 
     Args:
         kind: base class.
@@ -47,7 +44,7 @@ def make(
         place: the option that named it, for error messages: ``selection.rule``.
 
     Raises:
-        ValueError: for an unknown name or option, a module that is not `importable`, or a value of
+        ValueError: for an unknown name or option, a module that is not trusted, or a value of
             another type than the field's.
     """
     cls = _class(kind, package, name, place)
@@ -74,11 +71,11 @@ def options_of(thing: Any) -> dict[str, Value]:
 
 def _class(kind: type[T], package: str, name: str, place: str) -> type[T]:
     known = names_in(package)
-    if "." in name and not any(f"{name}.".startswith(f"{p}.") for p in importable()):
-        raise ValueError(
-            f"{place}: naming {name} runs its code, so it must be allowed: set "
-            f"{ALLOW}={name.partition('.')[0]}"
-        )
+    if "." in name and name not in [f"{package}.{module}" for module in known]:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"{place}: {name!r} is no dotted name of a module")
+        if not is_trusted(name):
+            raise ValueError(f"{place}: {name} is not of this package; {advice(name)}")
     if "." not in name and name not in known:
         raise ValueError(
             f"{place}: {name!r} is not one of {', '.join(known)}; your own is named by its module, "

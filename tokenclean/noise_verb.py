@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean import commands
-from tokenclean.arrow import MANIFEST, read_manifest, write_json
 from tokenclean.cleaning.alignment import DECILES, alignment
 from tokenclean.cleaning.loop import CleaningLoop
 from tokenclean.costs import tokenise
 from tokenclean.data.cleaned import KIND as CLEANED
 from tokenclean.data.cleaned import CleanedPool, kept_share
 from tokenclean.evaluation.planted import ALL
+from tokenclean.publish import MANIFEST, read_manifest, write_json
 from tokenclean.runs import CONFIG, log_to
 from tokenclean.scoring.probe import share
 from tokenclean.selection.noise import MIN_SAMPLES

@@ -94,6 +94,7 @@ class Planner:
         scoring_precision: precision that it scores in.
         checkpointing: ``auto``, or whether activations are recomputed.
         weighting_scope: what online weights take for the batch, see `CleanedSFTModule`.
+        timed: measure the machine's speed, which takes a second; else times are 0.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Planner:
         scoring_precision: str,
         checkpointing: bool | str = False,
         weighting_scope: str = "global",
+        timed: bool = True,
     ):
         self.weighting_scope = weighting_scope
         self.data, self.trainer = data, trainer
@@ -124,7 +126,9 @@ class Planner:
         self.own = resident_memory() if self.device.type == "cpu" else 0
         self.room = int(USABLE * free_memory(self.device))
         dtypes = {training, scoring}
-        self.rates = {d: matmul_rate(self.device, d, 1.0 / len(dtypes)) for d in dtypes}
+        self.rates = {
+            d: matmul_rate(self.device, d, 1.0 / len(dtypes)) if timed else math.inf for d in dtypes
+        }
         self.checkpointing = (
             peak_bytes(self.shape, self.training, data.token_budget) > self.room
             if checkpointing == "auto"

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
 import hashlib
+import json
 import logging
+import os
+import shlex
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +20,16 @@ from typing import Any
 
 import yaml
 
-from tokenclean.arrow import write_json
+from tokenclean.publish import sweep, write_json, write_text, writing_to
+from tokenclean.trust import trusted
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+LOG = "log.txt"
+#: held while a run is under way; says by whom
+LOCK = ".lock"
 #: Settings that say where a run lives or how it shows itself, not what it computes.
 _PLACE_KEYS = ("config", "name", "outputs", "print_config")
 
@@ -32,19 +45,96 @@ def run_folder(outputs: str, name: str | None, stem: str, config: dict[str, Any]
     return Path(outputs) / (name or f"{stem}-{digest}")
 
 
-def open_run(folder: Path, config: dict[str, Any]) -> None:
-    """Make or reopen the folder of a run and store its resolved configuration there.
+def process_rank() -> int:
+    """This process's number among those of the run, from what torchrun, SLURM or Lightning set."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+@contextmanager
+def open_run(folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Make or reopen the folder of a run, for this run alone while the block lasts.
+
+    Its resolved configuration is stored there, its log kept, and what a killed run left unfinished
+    swept away. Of several processes the first does all that.
 
     Args:
         folder: see `run_folder`.
         config: the resolved configuration, plain values only.
 
     Raises:
-        ValueError: see `check_run`.
+        ValueError: see `check_run` and `locked`.
+        NotWritten: if the folder cannot be written to.
     """
     check_run(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(_plain_text(config), encoding="utf-8")
+    if process_rank():
+        yield
+        return
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_run(folder, config)  # of the run that had the lock before
+        sweep(folder, everything=True)
+        write_text(folder / CONFIG, _plain_text(config))
+        with log_to(folder):
+            if trusted():
+                log.info("trusted to run code: %s", ", ".join(trusted()))
+            yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone. The lock of a process that died is no lock.
+
+    Raises:
+        ValueError: naming the process that holds it.
+    """
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(path)
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ValueError(
+                    f"{folder} is in use by {holder}; wait for it, or pass another --name"
+                ) from None
+            log.warning("%s: this file system has no locks; start one run at a time", folder)
+            yield
+            return
+        # The last holder may have removed the file between our opening and our locking it.
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)
+    try:
+        if os.fstat(handle).st_size:
+            log.warning(
+                "%s: %s ended without finishing; going on from there", folder, _holder(path)
+            )
+        note = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": shlex.join(sys.argv)[:500],
+        }
+        os.ftruncate(handle, 0)
+        os.write(handle, (json.dumps(note) + "\n").encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _holder(path: Path) -> str:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return "process {process} on {host} (since {since}: {command})".format(**note)
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
 
 
 def check_run(folder: Path, config: dict[str, Any]) -> None:
@@ -56,7 +146,7 @@ def check_run(folder: Path, config: dict[str, Any]) -> None:
     text = _plain_text(config)
     stored = folder / CONFIG
     # A run that was refused before it did anything leaves nothing to protect.
-    begun = folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, "log.txt"}
+    begun = folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, LOG, LOCK}
     if stored.is_file() and begun:
         before = stored.read_text(encoding="utf-8")
         if before != text:
@@ -98,7 +188,7 @@ def _short(value: Any) -> str:
 def log_to(folder: Path) -> Iterator[None]:
     """Keep the project's log messages in ``log.txt`` while the block runs."""
     logger = logging.getLogger("tokenclean")
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import byte_level_tokenizer, character_tokenizer, conversation, write_jsonl
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning import apply as apply_module
 from tokenclean.cleaning.apply import ScoredRows, clean
 from tokenclean.data import cleaned as cleaned_module
@@ -29,6 +28,7 @@ from tokenclean.data.formats import Reader
 from tokenclean.data.pool import TokenPool, build_pool, open_pool
 from tokenclean.data.rows import TokenRows
 from tokenclean.data.template import Tokeniser, fingerprint_tokenizer
+from tokenclean.publish import MANIFEST
 from tokenclean.scoring.table import HISTOGRAM, ScoreTable
 from tokenclean.scoring.table import KIND as SCORE_KIND
 from tokenclean.selection.select import SelectionConfig
@@ -70,7 +70,8 @@ def write_table(tmp_path: Path, pool: TokenPool) -> WriteTable:
 
     ``counts`` gives rows another number of losses than they have response tokens.
     """
-    from tokenclean.arrow import complete_folder, list_array, write_json, write_shard
+    from tokenclean.arrow import list_array, write_shard
+    from tokenclean.publish import complete_folder, write_json
 
     def write(
         model: str,

@@ -388,15 +388,19 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert [str(b) for b in read(path)] == [f"{path}:1: not UTF-8 at byte 13"]
     array = tmp_path / "bad.json"
     array.write_bytes(b'[{"prompt": "a\xff"}]\n')
-    assert [str(b) for b in read(array)] == [f"{array}:1: not UTF-8 at byte 14"]
+    assert [str(b) for b in read(array)] == [
+        f"{array}:1: not UTF-8 at byte 14; what follows is not read"
+    ]
 
 
 def test_an_array_that_breaks_off_says_where(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text('[\n{"prompt": "q", "completion": "r"},\n{"prompt":\n', encoding="utf-8")
-    (bad,) = read(path)
+    good, bad = read(path)
+    assert isinstance(good, Sample)
     assert isinstance(bad, BadLine)
     assert "not JSON from line 4 on" in bad.reason
+    assert bad.line == 2
     path.write_text("[" * 200_000, encoding="utf-8")
     (bad,) = read(path)
     assert isinstance(bad, BadLine)

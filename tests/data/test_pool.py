@@ -21,7 +21,6 @@ from conftest import (
     write_jsonl,
 )
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.data import pool as pool_module
 from tokenclean.data.formats import Reader
 from tokenclean.data.pool import (
@@ -33,6 +32,7 @@ from tokenclean.data.pool import (
     statistics_table,
 )
 from tokenclean.data.template import Tokeniser
+from tokenclean.publish import MANIFEST
 
 
 def build(

@@ -12,7 +12,15 @@ from conftest import (
     character_tokenizer,
     sentencepiece_tokenizer,
 )
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from tokenclean.data.formats import Message, Sample
@@ -416,11 +424,52 @@ def test_a_chat_template_that_drops_turns_is_refused() -> None:
         one(tokenizer, [("user", "q"), ("assistant", "")], template="chat")
 
 
-def test_spelled_special_tokens_and_chat_templates_do_not_mix() -> None:
+def test_a_chat_template_that_fails_names_the_sample() -> None:
+    """Many refuse turns that do not alternate; what a template raises is no error of ours."""
+    tokenizer = byte_level_tokenizer(bos=False)
+    for broken in ("{{ raise_exception('turns must alternate') }}", "{{ 1 / 0 }}", "{{ x.y.z }}"):
+        tokenizer.chat_template = CHAT + broken
+        with pytest.raises(
+            ValueError, match=r"^data\.template: the chat template does not take sample 'x': "
+        ):
+            one(tokenizer, [("user", "q"), ("assistant", "r")], template="chat")
+
+
+def test_contents_of_a_chat_spell_special_tokens_as_text() -> None:
+    """The template's own special tokens are put in by id; contents have none."""
     tokenizer = byte_level_tokenizer(bos=False)
     tokenizer.chat_template = CHAT
-    with pytest.raises(ValueError, match=r"^data\.template: .* spells a special token"):
-        one(tokenizer, [("user", "</s>"), ("assistant", "r")], template="chat")
+    turns: Turns = [("user", "a </s> b <s>"), ("assistant", "<s>the </s> sky")]
+    result = one(tokenizer, turns, template="chat")
+
+    def plain(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        return found
+
+    bos, eos, end = 0, 1, plain("\n")
+    question, answer = plain("user\na </s> b <s>"), plain("assistant\n<s>the </s> sky")
+    assert result.input_ids.tolist() == [bos, *question, eos, *end, bos, *answer, eos, *end]
+    assert tokenizer.decode(result.input_ids[result.response_mask]) == "<s>the </s> sky</s>"
+
+
+def test_special_tokens_that_take_blanks_along() -> None:
+    """A row that spells one has the template's own where all other rows have it."""
+    tokenizer = byte_level_tokenizer(bos=False)
+    tags = [AddedToken(f"<|{r}|>", special=True, rstrip=True) for r in ("user", "assistant")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    )
+    plain = one(tokenizer, [("user", "ask"), ("assistant", "the sky")], template="chat")
+    text = "<|user|>\nask</s>\n<|assistant|>\nthe sky</s>\n"
+    assert plain.input_ids.tolist() == tokenizer(text)["input_ids"]
+    found = one(tokenizer, [("user", "<pad>"), ("assistant", "the sky")], template="chat")
+    place = plain.input_ids.tolist().index(tokenizer.eos_token_id)
+    other = found.input_ids.tolist().index(tokenizer.eos_token_id)
+    assert found.input_ids[other:].tolist() == plain.input_ids[place:].tolist()
+    assert 2 not in found.input_ids.tolist()
 
 
 def test_unfit_tokenizers_and_options_are_refused_by_name() -> None:

@@ -17,6 +17,7 @@ from tokenclean.selection.rule import PACKAGE, Rule, TokenBlock, columns_needed,
 from tokenclean.selection.rules.xtf_paper import XtfPaper
 from tokenclean.selection.select import SelectionConfig, select
 from tokenclean.selection.xtf import REASONS, Clusters, PositionMeans, below_fence, worst_of
+from tokenclean.trust import trusting
 
 #: Three responses of 3, 1 and 4 tokens.
 COUNTS = [3, 1, 4]
@@ -232,9 +233,11 @@ def test_needs_follow_the_options() -> None:
         ("xtf_paper", {"reasoning": "keys"}, "belongs to xtf_code"),
         ("xtf_paper", {"classes": 2}, "at least 3"),
         ("xtf_code", {"limit": 1.5}, "shares"),
-        ("no_such_package.rule", {}, "set TOKENCLEAN_ALLOW_IMPORTS=no_such_package"),
-        ("tokenclean.no_such_rule", {}, "there is no module tokenclean.no_such_rule"),
-        ("tokenclean.loss", {}, "holds 0 classes derived from Rule"),
+        ("no_such_package.rule", {}, "add --trust_import no_such_package.rule"),
+        ("tokenclean.loss", {}, "add --trust_import tokenclean.loss"),
+        ("tokenclean.__main__", {}, "add --trust_import tokenclean.__main__"),
+        ("tokenclean.selection.rules.no_such", {}, "add --trust_import"),
+        ("../stm", {}, "no dotted name"),
     ],
 )
 def test_bad_options_are_refused(rule: str, options: dict[str, Any], message: str) -> None:
@@ -262,13 +265,20 @@ def test_wrong_rules_of_ones_own_are_told_so(
     (tmp_path / f"wrong_{name}").mkdir()
     (tmp_path / f"wrong_{name}" / "x.py").write_text(head + code)
     monkeypatch.syspath_prepend(tmp_path)
-    # a module may be allowed alone; blanks do not matter
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", f"other, wrong_{name}.x")
     options: Any = {"a": 1} if name == "listed" else {}
-    with pytest.raises(ValueError, match="TOKENCLEAN_ALLOW_IMPORTS"):
-        SelectionConfig(f"wrong_{name}.y", options=options)
-    with pytest.raises(ValueError, match=message):
-        select(pool({}), SelectionConfig(f"wrong_{name}.x", options=options))
+    with trusting(["--trust_import", f"wrong_{name}.x"]):  # a module may be trusted alone
+        with pytest.raises(ValueError, match="--trust_import"):
+            SelectionConfig(f"wrong_{name}.y", options=options)
+        with pytest.raises(ValueError, match=message):
+            select(pool({}), SelectionConfig(f"wrong_{name}.x", options=options))
+
+
+def test_a_trusted_module_that_is_no_rule() -> None:
+    with trusting(["--trust_import", "tokenclean"]):
+        with pytest.raises(ValueError, match="there is no module tokenclean"):
+            SelectionConfig("tokenclean.no_such_rule")
+        with pytest.raises(ValueError, match="holds 0 classes derived from Rule"):
+            SelectionConfig("tokenclean.loss")
 
 
 def test_every_file_is_a_rule() -> None:
@@ -289,7 +299,7 @@ def shown_in_the_readme() -> tuple[str, str]:
     assert len(lines) < 30
     text = "\n".join(lines)
     code, _, rest = text.partition("# middle.yaml")
-    return code, rest.partition("TOKENCLEAN_ALLOW_IMPORTS")[0]
+    return code, rest.partition("tokenclean clean")[0]
 
 
 def test_the_rule_of_the_readme_works_without_touching_the_package(
@@ -301,9 +311,9 @@ def test_the_rule_of_the_readme_works_without_touching_the_package(
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "middle.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="set TOKENCLEAN_ALLOW_IMPORTS=ours"):
+    with pytest.raises(ValueError, match="add --trust_import ours"):
         SelectionConfig("ours.middle")
-    monkeypatch.setenv("TOKENCLEAN_ALLOW_IMPORTS", "other,ours")
     blocks = pool({"base.nll": [0.0, 1.0, 2.5, 3.0, 0.5, 9.0, 1.25, 4.0]})
-    assert kept(blocks, "ours.middle") == [0, 1, 4, 6]
-    assert kept(blocks, "ours.middle", **arm["options"]) == [1, 2, 3, 6]
+    with trusting(["--trust_import", "ours"]):
+        assert kept(blocks, "ours.middle") == [0, 1, 4, 6]
+        assert kept(blocks, "ours.middle", **arm["options"]) == [1, 2, 3, 6]

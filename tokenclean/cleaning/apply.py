@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -19,8 +19,10 @@ from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.named import options_of
+from tokenclean.publish import partial_name
 from tokenclean.scoring.probe import Probe, share
 from tokenclean.scoring.table import ScoreTable
+from tokenclean.selection.exchange import Exchange, here
 from tokenclean.selection.noise import MIN_SAMPLES, SIGNIFICANT
 from tokenclean.selection.rule import (
     BELOW_CUT,
@@ -118,13 +120,16 @@ class ScoredRows:
             return None
         return self.reference.histogram(self.base)
 
-    def parts(self) -> Iterator[slice]:
+    @cached_property
+    def parts(self) -> list[slice]:
         """The rows, cut into blocks of about `BLOCK_VALUES` tokens: slices of ``rows``."""
-        stops = np.cumsum(self.pool.input_ids.counts()[self.rows])
-        edges = np.flatnonzero(np.diff(stops // BLOCK_VALUES)) + 1
-        for first, last in pairwise([0, *edges.tolist(), len(self.rows)]):
-            if first < last:
-                yield slice(first, last)
+        # In place: of ten million rows, every further array is 80 MB.
+        places = self.pool.input_ids.counts()[self.rows]
+        np.cumsum(places, out=places)
+        places //= BLOCK_VALUES
+        edges = np.flatnonzero(places[1:] != places[:-1]) + 1
+        bounds = pairwise([0, *edges.tolist(), len(self.rows)])
+        return [slice(first, last) for first, last in bounds if first < last]
 
     def blocks(self, config: SelectionConfig) -> Iterator[TokenBlock]:
         """The rows' response tokens, block by block, with what the rule needs to know of them.
@@ -132,7 +137,7 @@ class ScoredRows:
         Selection asks for them once per pass: they are read from the memory maps each time, which
         takes a few nanoseconds per token and no memory.
         """
-        for part in self.parts():
+        for part in self.parts:
             yield self.block(part, config)
 
     def block(self, part: slice, config: SelectionConfig) -> TokenBlock:
@@ -223,26 +228,55 @@ class ScoredRows:
 def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) -> Selected:
     """Select tokens and write the cleaned pool.
 
+    Where `torch.distributed` is initialised all its processes call this together: each selects from
+    a part of the rows, and process 0 writes. They share one mask, so they must be on one machine.
+
     Args:
         scored: rows and their tables.
         config: rule, scope, keep share.
         seed: of the random rule.
         folder: where the cleaned pool goes.
 
+    Returns:
+        What was selected, the mask of the whole pool in every process.
+
     Raises:
-        ValueError: if the rule needs a table, a column or a truth that is not there.
+        ValueError: if the rule needs a table, a column or a truth that is not there, or another
+            process has met an error.
+        OSError: naming the place, if the disk has no room for the mask: a byte per token.
     """
-    scored.check(config)
-    config, estimated = with_share(scored, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    selected = select(
-        lambda: scored.blocks(config),
-        config,
-        seed,
-        histogram=scored.histogram(),
-        noise=scored.noise,
-        out=_mask_file(folder.parent, int(scored.counts.sum())),
-    )
+    exchange = here()
+    with exchange.together():
+        scored.check(config)
+        config, estimated = with_share(scored, config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        mask = _shared_mask(folder, int(scored.counts.sum()), exchange)
+        mine = exchange.part(len(scored.parts))
+        counts = [int(scored.counts[part].sum()) for part in scored.parts[: mine.stop]]
+        selected = select(
+            lambda: (scored.block(part, config) for part in scored.parts[mine]),
+            config,
+            seed,
+            histogram=scored.histogram(),
+            noise=scored.noise,
+            out=mask[sum(counts[: mine.start]) : sum(counts)],
+            exchange=exchange,
+            pool=lambda: scored.blocks(config),
+        )
+        selected = dataclasses.replace(selected, keep=mask)
+        if exchange.rank == 0:
+            _write(scored, selected, config, seed, folder, estimated)
+    return selected
+
+
+def _write(
+    scored: ScoredRows,
+    selected: Selected,
+    config: SelectionConfig,
+    seed: int,
+    folder: Path,
+    estimated: dict[str, Any] | None,
+) -> None:
     schema = cleaned_schema(scored.pool.has_truth)
     #: source -> reason code -> tokens; filled in while the rows are written
     reasons: dict[str, dict[str, int]] = {}
@@ -262,7 +296,6 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
             "share": estimated,
         },
     )
-    return selected
 
 
 def with_share(
@@ -308,6 +341,7 @@ def cleaned_manifest(scored: ScoredRows, config: SelectionConfig, seed: int) -> 
         },
         "base": tables[0].manifest["model"] if tables[0] is not None else None,
         "reference": tables[1].manifest["model"] if tables[1] is not None else None,
+        "scores": [None if table is None else table.manifest.get("content") for table in tables],
         "selection": dataclasses.asdict(config),
         "rule_options": options_of(config.make()),
         "attributes": tables[0].manifest.get("attributes") if tables[0] is not None else None,
@@ -325,13 +359,45 @@ def _reasons(config: SelectionConfig) -> dict[int, str]:
     return REASONS | own | rule.reasons
 
 
-def _mask_file(folder: Path, size: int) -> np.ndarray:
-    """Room for a keep mask, bool (size,), in a file rather than in memory."""
+def _shared_mask(folder: Path, size: int, exchange: Exchange) -> np.ndarray:
+    """Room for the keep mask of a cleaned pool, bool (size,), in a file rather than in memory.
+
+    All processes see the same bytes; zeros at first.
+    """
     if size == 0:
         return np.zeros(0, dtype=bool)
-    # A file without a name goes away with its map, so nothing is left to close.
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    return np.memmap(file, dtype=np.bool_, mode="w+", shape=(size,))
+    # What a killed process leaves of it is swept away when the folder is written.
+    made = partial_name(folder.with_name(folder.name + ".mask"))
+    try:
+        if exchange.rank == 0:
+            _reserve(made, size)
+        # Only the process that makes the file knows what it is called.
+        name = made.name.encode() if exchange.rank == 0 else b""
+        letters = exchange.gather(np.array(list(name), dtype=np.int64))
+        path = folder.parent / bytes(letters.tolist()).decode()
+        mask = np.memmap(path, dtype=np.bool_, mode="r+", shape=(size,))
+        exchange.barrier()
+        return mask
+    finally:
+        # A file without a name goes away with its maps, so nothing is left to close.
+        if exchange.rank == 0:
+            made.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of zeros that has its room on the disk: a map without it is killed when it fills up.
+
+    Raises:
+        OSError: naming the file, if there is no room.
+    """
+    with path.open("wb") as file:
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            file.truncate(size)
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def _cleaned_batches(
@@ -349,7 +415,7 @@ def _cleaned_batches(
     """
     pool, rule, stop = scored.pool, selected.rule, 0
     rule.restart(seed, whole_samples=config.scope == "whole_sample")
-    for part in scored.parts():
+    for part in scored.parts:
         rows, counts = scored.rows[part], scored.counts[part]
         lengths, input_ids = pool.input_ids.take(rows)
         response = pool.response_mask.take(rows)[1]

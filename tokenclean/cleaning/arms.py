@@ -11,6 +11,7 @@ from tokenclean.named import Value
 from tokenclean.selection.rule import columns_needed
 from tokenclean.selection.select import Keep, Scope, SelectionConfig
 from tokenclean.training.weights import Weighting, make_weighting
+from tokenclean.trust import safe_name
 
 Schedule = Literal["warmup", "fixed_model", "cross_fitted", "self_evolving"]
 
@@ -173,6 +174,7 @@ class LoopConfig:
         if not self.arms:
             raise ValueError("loop.arms: no arm given; configs/clean/ has one file per arm")
         for name in self.arms:
+            safe_name(name, "loop.arms")
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 raise ValueError(f"loop.arms: {name!r} cannot be a folder name")
         if "base" in self.arms:

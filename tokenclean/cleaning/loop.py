@@ -1,7 +1,10 @@
 """The loop driver: score, select, train, again.
 
 Fixed-model and self-evolving cleaning are two schedules of one loop. Every step leaves a folder
-that appears only when it is complete, so a run that was cut off goes on where it stopped:
+that appears only when it is complete, so a run that was cut off goes on where it stopped, inside a
+pass after its last shard and inside a training after its last checkpoint. Several processes go
+through the loop in step: they share the passes, the selection and the training; the first one
+writes, and says what is there already.
 
     outputs/<run>/
       config.yaml  log.txt  summary.json  results.md  results.json  costs.md  costs.json
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -35,9 +39,9 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 
-from tokenclean.arrow import MANIFEST, ROWS_PER_SHARD, complete_folder, read_manifest, write_json
+from tokenclean.arrow import ROWS_PER_SHARD
 from tokenclean.cleaning.apply import ScoredRows, add_up, clean, reasons_table
 from tokenclean.cleaning.arms import Arm, LoopConfig, Schedule, halves, panel_rows
 from tokenclean.cleaning.results import ANSWERS, RESULT, ArmResult, write_results
@@ -69,22 +73,34 @@ from tokenclean.models import (
     trained_ids,
 )
 from tokenclean.models.loading import load_config
-from tokenclean.runs import stop_if_interrupted
+from tokenclean.publish import (
+    MANIFEST,
+    complete_folder,
+    publish_link,
+    read_manifest,
+    verify,
+    write_json,
+)
 from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.probe import Probe, sentence_ends, share, write_probe
 from tokenclean.scoring.table import Column, ScoreTable
+from tokenclean.selection.exchange import here
 from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import columns_needed
 from tokenclean.selection.select import SelectionConfig
+from tokenclean.trainer import Trainer
 from tokenclean.training.module import CleanedSFTModule
 
 log = logging.getLogger(__name__)
 
 
 class CleaningLoop:
-    """Runs every arm of a configuration in one process, over one base in memory.
+    """Runs every arm of a configuration over one base in memory, of each process its own.
+
+    Where `torch.distributed` is initialised all its processes run it together; they see one file
+    system.
 
     Args:
         make_module: a new `CleanedSFTModule` with the run's settings.
@@ -113,6 +129,7 @@ class CleaningLoop:
         self.make_module, self.make_trainer = make_module, make_trainer
         self.data, self.selection, self.loop = data, selection, loop
         self.folder, self.seed, self.ledger = folder, seed, ledger
+        self.exchange = here()
         self.attributes = attributes or AttributeSettings()
         self.template = make_module()
         if self.template.adapters:
@@ -145,10 +162,21 @@ class CleaningLoop:
     def full_tuning(self) -> bool:
         return self.template.lora is None
 
-    def run(self) -> dict[str, Any]:
-        """Every arm in order; returns the run's summary and, as ``results``, the arms'."""
-        tokenise(self.data, self.ledger)
+    def prepare(self) -> None:
+        """Open the data, tokenised where they were not, and refuse what does not go with them."""
+        with self._alone() as first:
+            if first:
+                tokenise(self.data, self.ledger)
+        if not first:
+            self.data.setup()
         self.check()
+
+    def run(self) -> dict[str, Any]:
+        """Every arm in order, once `prepare` was called.
+
+        Returns:
+            The run's summary and, as ``results``, the arms'.
+        """
         parts = self.data.subset_rows()
         # Bad ones are to be found now, not after a pass over the pool.
         _ = self.reference
@@ -161,14 +189,19 @@ class CleaningLoop:
         for name, arm in self.loop.arms.items():
             log.info("arm %s: %s", name, arm.describe(self.selection))
             results.append(self._arm(name, arm, parts))
-            write_results(self.folder, results)
-        write_results(self.folder, results)
+            self._write_results(results)
+        self._write_results(results)
         return {
             "samples": len(self.pool),
             "response_tokens": int(self.pool.response_counts().sum()),
             "arms": len(results),
             "results": results,
         }
+
+    def _write_results(self, results: list[ArmResult]) -> None:
+        with self._alone() as first:
+            if first:
+                write_results(self.folder, results)
 
     def check(self) -> None:
         """Refuse arms that do not go with the data, which must be set up.
@@ -245,6 +278,7 @@ class CleaningLoop:
             return self._at_base()
         network = self._at_base()
         for folder in folders:
+            self._say_if_found(folder)
             network.load_adapter(folder)
         network.freeze()
         return network
@@ -257,6 +291,29 @@ class CleaningLoop:
         seed_everything(self.seed, verbose=False)
         network.add_adapter(self.template.lora)
         return network.to(self._device).eval()
+
+    # -- processes ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """A block whose work is the first process's: whether this is the one.
+
+        All enter it, and leave it together once the work is done.
+        """
+        with self.exchange.together():
+            yield self.exchange.rank == 0
+
+    def _agreed(self, fact: bool) -> bool:
+        """What is true for the first process: the others may look sooner or later than it does."""
+        mine = np.array([fact and self.exchange.rank == 0], dtype=np.int64)
+        return bool(self.exchange.sum(mine)[0])
+
+    def _has(self, folder: Path) -> bool:
+        """Whether a folder is there, whole."""
+        return self._agreed((folder / MANIFEST).is_file())
+
+    def _is_trained(self, step: Path) -> bool:
+        return self._agreed((step / "adapter" / TRAINED_IDS).is_file())
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -275,15 +332,18 @@ class CleaningLoop:
     def _warm_up(self, rows: np.ndarray) -> None:
         """theta_1: the base trained on every response token of D_0."""
         step = self.folder / "warmup"
-        if self.loop.warmup is not None and not step.exists():
+        if self.loop.warmup is not None:
             # Links inside a folder of our own: what is measured here must not land there.
-            step.mkdir()
-            for part in ("cleaned", "adapter"):
-                (step / part).symlink_to((Path(self.loop.warmup) / part).resolve())
+            with self._alone() as first:
+                for part in ("cleaned", "adapter") if first else ():
+                    step.mkdir(exist_ok=True)
+                    if not (step / part).is_symlink():
+                        target = (Path(self.loop.warmup) / part).resolve()
+                        publish_link(step / part, target)
         self._clean(
             ScoredRows(self.pool, rows, None, None, round=0), SelectionConfig(rule="full"), step
         )
-        if not _is_trained(step):
+        if not self._is_trained(step):
             log.info("warm-up on D_0: %d samples", len(rows))
             self._at_base()
             epochs, rate = self.loop.warmup_epochs, self.loop.warmup_learning_rate
@@ -297,7 +357,7 @@ class CleaningLoop:
         Raises:
             ValueError: if it is unused, unfinished, or was trained on anything but this D_0.
         """
-        if self.loop.warmup is None or (self.folder / "warmup").exists():
+        if self.loop.warmup is None or self._agreed((self.folder / "warmup").exists()):
             return
         if not any(a.needs_warmup(self.loop.reference) for a in self.loop.arms.values()):
             raise ValueError("loop.warmup: no arm uses it; leave it out")
@@ -340,7 +400,7 @@ class CleaningLoop:
         # Another model: beside the base in memory while it scores.
         ours = self._network
         try:
-            if not (folder / MANIFEST).is_file():
+            if not self._has(folder):
                 self._network = Network.load(config, self._device)
                 for adapter in adapters:
                     self._network.load_adapter(adapter)
@@ -413,7 +473,7 @@ class CleaningLoop:
             shared: whether other runs may need the same table.
             base: the model below the adapters, if it is not the run's own base.
         """
-        if not (folder / MANIFEST).is_file():
+        if not self._has(folder):
             network = get_network()
             depth = network.depth if depth is None else depth
             with self._measured("score", folder) as cost, network.at_depth(depth):
@@ -429,7 +489,7 @@ class CleaningLoop:
                 ran = score_pool(
                     module,
                     self.make_trainer(logger=False, scoring=True),
-                    self.data.scoring_loader(token_rows),
+                    self.data,
                     token_rows,
                     folder,
                     self.data.token_budget,
@@ -471,22 +531,27 @@ class CleaningLoop:
             module.start_round()
         changes: dict[str, Any] = {} if epochs is None else {"max_epochs": epochs}
         trainer = self.make_trainer(log_folder=step, **changes)
-        rows = TokenRows(CleanedPool(step / "cleaned", self._cache))
+        checkpoints = step / "checkpoints"
         with self._measured("train", step) as cost:
-            trainer.fit(
+            rows = TokenRows(self._cleaned(step))
+            trainer.fit_within(
+                checkpoints,
                 module,
                 self.data.training_loader(rows, module.carry),
                 None if self.data.validation is None else self.data.val_dataloader(),
             )
-            stop_if_interrupted(trainer)
             network.freeze()
             ids = set(rows.ids_with_targets()).union(*(trained_ids(before) for before in stand_on))
-            with complete_folder(step / "adapter") as partial:
-                if self.full_tuning:
-                    network.save_merged(partial, self.data.tokeniser.tokenizer)
-                else:
-                    network.save_last_adapter(partial)
-                write_json(partial / TRAINED_IDS, sorted(ids))
+            with self._alone() as first:
+                if first:
+                    with complete_folder(step / "adapter") as partial:
+                        if self.full_tuning:
+                            network.save_merged(partial, self.data.tokeniser.tokenizer)
+                        else:
+                            network.save_last_adapter(partial)
+                        write_json(partial / TRAINED_IDS, sorted(ids))
+                    shutil.rmtree(checkpoints, ignore_errors=True)
+            self._known.add(step / "adapter")
             charge_training(cost, self.shape, self.data, rows, trainer, module.lora)
             cost.disk = directory_bytes([step / "adapter"])
 
@@ -497,8 +562,9 @@ class CleaningLoop:
         folder.mkdir(parents=True, exist_ok=True)
         if arm.schedule == "warmup":
             adapter = self.folder / "warmup" / "adapter"
-            if not _is_trained(folder):
-                (folder / "adapter").symlink_to(Path("..", "..", "warmup", "adapter"))
+            with self._alone() as first:
+                if first and not _is_trained(folder):
+                    publish_link(folder / "adapter", Path("..", "..", "warmup", "adapter"))
             return self._evaluated(name, folder, [adapter])
         selection = arm.selection(self.selection)
         if arm.schedule == "fixed_model":
@@ -510,7 +576,7 @@ class CleaningLoop:
             steps = [self.folder / "warmup", *(folder / f"round_{t}" for t in range(1, len(parts)))]
             self._join(folder, steps, arm, selection)
             self._publish(folder, adapters)
-        return self._evaluated(name, folder, adapters, CleanedPool(folder / "cleaned", self._cache))
+        return self._evaluated(name, folder, adapters, self._cleaned(folder))
 
     def _fixed(self, arm: Arm, selection: SelectionConfig, folder: Path) -> Path:
         """Select once over the whole pool and train theta_0 on it."""
@@ -520,7 +586,7 @@ class CleaningLoop:
         probes = self._fixed_probes() if selection.estimates_keep else None
         scored = ScoredRows(self.pool, rows, base, reference, round=1, probes=probes)
         self._clean(scored, selection, folder)
-        if not _is_trained(folder):
+        if not self._is_trained(folder):
             self._at_base()
             self._train(folder, [], round_number=1, arm=arm)
         return folder / "adapter"
@@ -540,7 +606,7 @@ class CleaningLoop:
                 raise RuntimeError(f"half {number} is scored by a model that was trained on it")
             self._clean(scored, selection, step)
         self._join(folder, steps, arm, selection)
-        if not _is_trained(folder):
+        if not self._is_trained(folder):
             self._at_base()
             self._train(folder, [], round_number=1, arm=arm)
         return folder / "adapter"
@@ -551,7 +617,7 @@ class CleaningLoop:
         self._clean(
             ScoredRows(self.pool, other, None, None, round=0), SelectionConfig(rule="full"), step
         )
-        if not _is_trained(step):
+        if not self._is_trained(step):
             log.info("reference of half %d: %d other samples", number, len(other))
             self._at_base()
             self._train(step, [], round_number=0, epochs=self.loop.half_epochs)
@@ -575,7 +641,7 @@ class CleaningLoop:
         in_memory = False
         for number, rows in enumerate(parts[1:], start=1):
             step = folder / f"round_{number}"
-            if not _is_trained(step) and not in_memory:
+            if not in_memory and not self._is_trained(step):
                 self._at(stack)
                 in_memory = True
             base = reference = None
@@ -597,11 +663,11 @@ class CleaningLoop:
             self._clean(scored, selection, step)
             if reference is not None and self.loop.has_panel(len(parts) - 1):
                 self._panel(step, parts, number, stack, arm, selection, probes)
-            if not _is_trained(step):
+            if not self._is_trained(step):
                 self._train(step, stack, number, arm=arm)
             stack = [step / "adapter"] if self._replaces else [*stack, step / "adapter"]
             if self.loop.evaluate_rounds:
-                pool = CleanedPool(step / "cleaned", self._cache)
+                pool = self._cleaned(step)
                 self._evaluated(f"round_{number}", step, stack, pool, is_arm=False)
         return stack
 
@@ -617,9 +683,9 @@ class CleaningLoop:
     ) -> None:
         """Score and mask the same rows under every round's reference, which is in memory after."""
         place = step / "panel"
-        if (place / "cleaned" / MANIFEST).is_file():
+        if self._has(place / "cleaned"):
             return
-        if _is_trained(step):  # by a call that was cut off, or without a panel
+        if self._is_trained(step):  # by a call that was cut off, or without a panel
             self._at(stack)
         rows = panel_rows(parts, self.loop.panel, self.data.seed)
         base = self._round_base(place, rows, stack) if self._asks(arm, "base") else None
@@ -702,23 +768,26 @@ class CleaningLoop:
         found = []
         for name, adapters in (("base", base), ("reference", reference)):
             place = folder / name
-            if not (place / MANIFEST).is_file():
-                network = self._at(adapters).to(self._device)
-                network.check_on_device()
-                with self._measured("score", folder) as cost, network.merged():
-                    probe = write_probe(
-                        place,
-                        network,
-                        self.pool,
-                        rows,
-                        sentence_ends(self.data.tokeniser.tokenizer),
-                        self.data.token_budget,
-                        _trained_on(adapters),
-                        self.seed,
-                    )
-                    once = TokenRows(self.pool, probe.rows)
-                    charge_scoring(cost, self.shape, *[once] * (1 + PARTNERS))
-                    cost.disk = directory_bytes([place])
+            if not self._has(place):
+                network = self._at(adapters)
+                with self._measured("score", folder) as cost, self._alone() as first:
+                    if first:
+                        network.to(self._device)
+                        network.check_on_device()
+                        with network.merged():
+                            probe = write_probe(
+                                place,
+                                network,
+                                self.pool,
+                                rows,
+                                sentence_ends(self.data.tokeniser.tokenizer),
+                                self.data.token_budget,
+                                _trained_on(adapters),
+                                self.seed,
+                            )
+                        once = TokenRows(self.pool, probe.rows)
+                        charge_scoring(cost, self.shape, *[once] * (1 + PARTNERS))
+                        cost.disk = directory_bytes([place])
             found.append(Probe.read(place))
         return found[0], found[1]
 
@@ -740,8 +809,15 @@ class CleaningLoop:
             columns=self._columns("base", "self_evolving"),
         )
 
+    def _cleaned(self, step: Path) -> CleanedPool:
+        """The cleaned pool of a step, unpacked by the first process."""
+        with self._alone() as first:
+            if first:
+                CleanedPool(step / "cleaned", self._cache)
+        return CleanedPool(step / "cleaned", self._cache)
+
     def _clean(self, scored: ScoredRows, selection: SelectionConfig, step: Path) -> None:
-        if (step / "cleaned" / MANIFEST).is_file():
+        if self._has(step / "cleaned"):
             self._say_if_found(step / "cleaned")
             self._check_kept(step, selection.rule)
             return
@@ -775,8 +851,22 @@ class CleaningLoop:
 
     def _join(self, folder: Path, steps: list[Path], arm: Arm, selection: SelectionConfig) -> None:
         """The steps' cleaned rows as one cleaned pool in pool order: rounds with D_0, or halves."""
-        if (folder / "cleaned" / MANIFEST).is_file():
+        if self._has(folder / "cleaned"):
             return
+        # Of an estimated share it needs the probes, which all processes make.
+        probes = self.probes(folder.name) if selection.estimates_keep else []
+        with self._alone() as first:
+            if first:
+                self._write_joined(folder, steps, arm, selection, probes)
+
+    def _write_joined(
+        self,
+        folder: Path,
+        steps: list[Path],
+        arm: Arm,
+        selection: SelectionConfig,
+        probes: list[tuple[Probe, Probe]],
+    ) -> None:
         pools = [CleanedPool(step / "cleaned", self._cache) for step in steps]
         table = pa.Table.from_batches([b for pool in pools for b in pool.batches()])
         row_of_id = {id: row for row, id in enumerate(self.pool.ids)}
@@ -805,7 +895,7 @@ class CleaningLoop:
             manifest["rounds"] = facts
             manifest["ranked_tokens"] -= facts[0]["ranked_tokens"]  # D_0 is not ranked
         if selection.estimates_keep:
-            manifest["share"] = share(self.probes(folder.name), self.pool).to_json()
+            manifest["share"] = share(probes, self.pool).to_json()
         blocks = (
             batch
             for first in range(0, len(order), ROWS_PER_SHARD)
@@ -821,17 +911,21 @@ class CleaningLoop:
 
     def _publish(self, folder: Path, adapters: list[Path]) -> None:
         """The arm's model as one adapter; after full fine-tuning, a link to the last round's."""
-        if _is_trained(folder):
+        if self._is_trained(folder):
             return
         if self.full_tuning:
-            (folder / "adapter").symlink_to(adapters[-1].relative_to(folder))
+            with self._alone() as first:
+                if first:
+                    publish_link(folder / "adapter", adapters[-1].relative_to(folder))
             return
         network = self._at(adapters)
         ids = set().union(*(trained_ids(adapter) for adapter in adapters))
         with self._measured("train", folder) as cost:
-            with complete_folder(folder / "adapter") as partial:
-                network.save_stack(partial)
-                write_json(partial / TRAINED_IDS, sorted(ids))
+            with self._alone() as first:
+                if first:
+                    with complete_folder(folder / "adapter") as partial:
+                        network.save_stack(partial)
+                        write_json(partial / TRAINED_IDS, sorted(ids))
             cost.disk = directory_bytes([folder / "adapter"])
 
     def _evaluated(
@@ -845,41 +939,68 @@ class CleaningLoop:
         """Measure an arm, or a step on its way, once; its result stays in the folder."""
         stored = folder / RESULT
         answered = self.data.test is None or (folder / ANSWERS).is_file()
-        if stored.is_file() and answered:
-            return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))
+        merged = self._merged_folder(folder, adapters) if is_arm else None
+        done = stored.is_file() and answered and (merged is None or merged.is_dir())
+        if not self._agreed(done):
+            network = self._at(adapters)
+            with self._alone() as first:
+                if first:
+                    self._evaluate(name, folder, network, cleaned, merged)
+        return ArmResult.from_json(json.loads(stored.read_text(encoding="utf-8")))
+
+    def _merged_folder(self, folder: Path, adapters: list[Path]) -> Path | None:
+        """Where the arm's merged model goes, if one is asked for."""
+        asked = self.template.save_merged and adapters and not self.full_tuning
+        return folder / "merged" if asked else None
+
+    def _evaluate(
+        self,
+        name: str,
+        folder: Path,
+        network: Network,
+        cleaned: CleanedPool | None,
+        merged: Path | None,
+    ) -> None:
+        """Measure what is in memory, and write its merged model where one is wanted."""
         folder.mkdir(parents=True, exist_ok=True)
         # Lightning hands weights back to the CPU after every run.
-        network = self._at(adapters).to(self._device)
+        network.to(self._device)
         network.check_on_device()
         result = ArmResult(name=name)
         with self._measured("evaluate", folder) as cost:
             with network.merged():
                 if self.data.test is not None:
                     rows = TokenRows(self.data.test)
-                    loader = self.data.scoring_loader(rows)
-                    answers = check_answers(network, self.data.test, loader)
+                    answers = check_answers(network, self.data.test, self.data.planned(rows))
                     write_json(folder / ANSWERS, answers)
                     result.accuracy = accuracy(answers)
                     charge_scoring(cost, self.shape, rows)
                 if self.data.validation is not None:
                     rows = self.data.validated_rows()
-                    loader = self.data.scoring_loader(rows)
-                    result.validation_nll = mean_nll(network, self.data.validation, loader)
+                    batches = self.data.planned(rows)
+                    result.validation_nll = mean_nll(network, self.data.validation, batches)
                     charge_scoring(cost, self.shape, rows)
             if cleaned is not None:
                 result.kept_share = kept_share(cleaned.manifest)
                 if self.pool.has_truth:
                     result.mask = mask_quality(cleaned)
-            if is_arm and self.template.save_merged and adapters and not self.full_tuning:
-                network.save_merged(folder / "merged", self.data.tokeniser.tokenizer)
-                cost.disk = directory_bytes([folder / "merged"])
-        write_json(stored, result.to_json())
-        return result
+            if merged is not None:
+                with complete_folder(merged) as partial:
+                    network.save_merged(partial, self.data.tokeniser.tokenizer)
+                cost.disk = directory_bytes([merged])
+        write_json(folder / RESULT, result.to_json())
 
     def _say_if_found(self, folder: Path) -> None:
-        """Tell a resumed run from a fresh one: what an earlier call left is named once."""
+        """Tell a resumed run from a fresh one: what an earlier call left is checked and named once.
+
+        Raises:
+            ValueError: if it is not what was written.
+        """
         if folder not in self._known:
             self._known.add(folder)
+            with self._alone() as first:
+                if first:
+                    verify(folder)
             log.info("%s is there already", folder)
 
     @contextmanager

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenclean.arrow import write_json
 from tokenclean.evaluation.planted import ALL, Accuracy, MaskQuality
+from tokenclean.publish import write_json, write_text
 
 #: What the loop leaves of a run, and of every model that it measured.
 RESULTS, RESULT, ANSWERS = "results.json", "result.json", "answers.json"
@@ -121,5 +121,5 @@ def _table(
 
 def write_results(folder: Path, results: list[ArmResult]) -> None:
     """``results.md`` for people, ``results.json`` for programs."""
-    (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
+    write_text(folder / "results.md", results_markdown(results))
     write_json(folder / RESULTS, [r.to_json() for r in results])

@@ -33,17 +33,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenclean.arrow import (
-    MANIFEST,
-    ROWS_PER_SHARD,
-    ArrowTable,
-    complete_folder,
-    read_manifest,
-    write_json,
-    write_shard,
-)
+from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, write_shard
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.data.template import fingerprint_tokenizer
+from tokenclean.publish import MANIFEST, complete_folder, read_manifest, write_json
 
 KIND = "cleaned pool"
 DATA = "data.parquet"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tokenclean.arrow import MANIFEST, ArrowTable
+from tokenclean.arrow import ArrowTable
 from tokenclean.data.batches import (
     Batch,
     Layout,
@@ -24,7 +26,7 @@ from tokenclean.data.batches import (
 )
 from tokenclean.data.cleaned import DATA, CleanedPool, check_tokenizer, is_cleaned_pool
 from tokenclean.data.exports import check_tokenizer as check_exports
-from tokenclean.data.formats import Reader
+from tokenclean.data.formats import Reader, check_names
 from tokenclean.data.pool import (
     OnBadLine,
     TokenPool,
@@ -34,7 +36,14 @@ from tokenclean.data.pool import (
     statistics_table,
 )
 from tokenclean.data.rows import Targets, TokenRows
-from tokenclean.data.template import TemplateName, Tokeniser, fingerprint_tokenizer
+from tokenclean.data.template import (
+    SpecialText,
+    TemplateName,
+    Tokeniser,
+    fingerprint_tokenizer,
+)
+from tokenclean.publish import MANIFEST, sweep, writing_to
+from tokenclean.selection.exchange import here
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +65,18 @@ class GlobalBatch:
             counted.
         responses: response tokens in the global batch, kept or not.
         negative: targets of negative weight in the global batch.
+        key: epoch and step within it.
     """
 
     micro: list[Batch]
     kept: int
     responses: int
     negative: int = 0
+    key: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GlobalBatch:
         moved = [batch.to(device, non_blocking) for batch in self.micro]
-        return GlobalBatch(moved, self.kept, self.responses, self.negative)
+        return replace(self, micro=moved)
 
 
 class TuluDataModule(LightningDataModule):
@@ -79,6 +90,8 @@ class TuluDataModule(LightningDataModule):
         template: ``tulu`` (the paper's), ``raw`` (no tags) or ``chat`` (the tokenizer's own).
         max_length: tokens kept of each sample; the rest is cut on the right and counted.
         on_bad_line: ``stop`` after listing bad lines, or ``skip`` them into ``quarantine.jsonl``.
+        special_text: what becomes of text that spells a special token: ``text`` tokenises it as
+            any other text, ``refuse`` makes its row a bad line.
         id_column: column with the sample's id.
         source_column: column with the sample's source.
         subsets: parts the pool is split into, D_0 first.
@@ -110,6 +123,7 @@ class TuluDataModule(LightningDataModule):
         template: TemplateName = "tulu",
         max_length: int = 2048,
         on_bad_line: OnBadLine = "stop",
+        special_text: SpecialText = "text",
         id_column: str = "id",
         source_column: str = "source",
         subsets: int = 5,
@@ -135,6 +149,7 @@ class TuluDataModule(LightningDataModule):
             "source_column": source_column,
         }
         self.template, self.max_length, self.on_bad_line = template, max_length, on_bad_line
+        self.special_text = special_text
         self.subsets, self.order, self.targets = subsets, order, targets
         self.subset = [subset] if isinstance(subset, int) else subset
         self.validation_path, self.validation_share = validation_path, validation_share
@@ -157,6 +172,7 @@ class TuluDataModule(LightningDataModule):
     def _check(self) -> None:
         if not self.paths:
             raise ValueError("data.path: no path given")
+        check_names(self.paths)
         if self.subsets < 1:
             raise ValueError(f"data.subsets: {self.subsets} parts; at least 1 is needed")
         if self.subset == []:
@@ -206,7 +222,7 @@ class TuluDataModule(LightningDataModule):
         for path in map(Path, paths):
             if path.name == DATA and is_cleaned_pool(path.parent):
                 check_tokenizer(path.parent, tokenizer)
-        self._tokeniser = Tokeniser(tokenizer, self.template, self.max_length)
+        self._tokeniser = Tokeniser(tokenizer, self.template, self.max_length, self.special_text)
         if tokenizer.pad_token_id is not None:
             self.pad_id = tokenizer.pad_token_id
 
@@ -217,18 +233,12 @@ class TuluDataModule(LightningDataModule):
         return self._tokeniser
 
     def prepare_data(self) -> None:
-        """Tokenise what is not tokenised yet (on one process)."""
+        """Tokenise what is not tokenised yet."""
+        for shelf in ("pools", "scores", "cleaned"):
+            sweep(self.cache_dir / shelf, "")
         if not self.cleaned_folder:
             folder = self._pool_folder(self._reader(self.paths), self.validation_share)
-            if not (folder / "train" / MANIFEST).is_file():
-                build_pool(
-                    self._reader(self.paths),
-                    self.tokeniser,
-                    folder,
-                    self.on_bad_line,
-                    self.validation_share,
-                    self.seed,
-                )
+            self._build(folder, self._reader(self.paths), self.validation_share, self.seed)
             if not self._reported:
                 pool = open_pool(folder / "train")
                 log.info("shapes found: %s", pool.manifest["shapes"])
@@ -240,8 +250,21 @@ class TuluDataModule(LightningDataModule):
             if extra:
                 reader = self._reader([extra], order_column=None)
                 folder = self._pool_folder(reader, 0.0)
-                if not (folder / "train" / MANIFEST).is_file():
-                    build_pool(reader, self.tokeniser, folder, self.on_bad_line)
+                self._build(folder, reader)
+
+    def _build(self, folder: Path, reader: Reader, *holdout: Any) -> None:
+        """Make a pool unless it is there; processes that want the same one wait for the first."""
+        if (folder / "train" / MANIFEST).is_file():
+            return
+        lock = self.cache_dir / "locks" / folder.name
+        with writing_to(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        with lock.open("rb") as handle:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not (folder / "train" / MANIFEST).is_file():
+                build_pool(reader, self.tokeniser, folder, self.on_bad_line, *holdout)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the pools (on every process)."""
@@ -350,14 +373,18 @@ class TuluDataModule(LightningDataModule):
 
     def scoring_loader(self, rows: TokenRows) -> DataLoader:
         """Length-sorted batches of at most ``token_budget`` tokens; this rank's share of them."""
-        rows = rows if self.cut else rows.to_the_end()
-        plan = plan_batches(rows.lengths, self.token_budget, self.layout)
+        planned = self.planned(rows)
         rank, world = self._place()
         # Every process gets as many batches as the others, some of them empty: a process without
         # any would be refused or fall out of step.
-        plan += [np.zeros(0, dtype=np.int64)] * (-len(plan) % world)
-        mine = PlannedBatches(rows, plan[rank::world], self.layout, self.pad_id)
-        return DataLoader(mine, batch_size=None)
+        plan = [*planned.plan, *([np.zeros(0, dtype=np.int64)] * (-len(planned) % world))]
+        return DataLoader(planned.only(plan[rank::world]), batch_size=None)
+
+    def planned(self, rows: TokenRows) -> PlannedBatches:
+        """The batches of `scoring_loader`, of all ranks together."""
+        rows = rows if self.cut else rows.to_the_end()
+        plan = plan_batches(rows.lengths, self.token_budget, self.layout)
+        return PlannedBatches(rows, plan, self.layout, self.pad_id)
 
     def training_loader(self, rows: TokenRows, carry: Sequence[str] = ()) -> DataLoader:
         """Global batches of ``batch_size`` samples in the run's seeded order.
@@ -401,7 +428,8 @@ class TuluDataModule(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
-            return 0, 1
+            together = here()  # the loop, which makes a Trainer for every step
+            return together.rank, together.processes
         return self.trainer.global_rank, self.trainer.world_size
 
 
@@ -409,7 +437,8 @@ class TuluDataModule(LightningDataModule):
 class PlannedBatches(Dataset[Batch]):
     """Item i is batch i of a plan.
 
-    Whole batches are the items because Lightning rebuilds custom batch samplers for `predict`.
+    Whole batches are the items because Lightning rebuilds custom batch samplers for `predict`. It
+    also serves as a loader, which Lightning does not deal out again, whatever it is told.
     """
 
     rows: TokenRows
@@ -421,8 +450,19 @@ class PlannedBatches(Dataset[Batch]):
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Batch:
-        samples = [self.rows[int(i)] for i in self.plan[index]]
+        return self.collated(self.plan[index])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.collated(members) for members in self.plan)
+
+    def collated(self, members: np.ndarray | Sequence[int]) -> Batch:
+        """A batch of these rows: indices into ``rows``."""
+        samples = [self.rows[int(i)] for i in members]
         return collate(samples, self.layout, self.pad_id)
+
+    def only(self, plan: list[np.ndarray]) -> PlannedBatches:
+        """The same rows in other batches."""
+        return PlannedBatches(self.rows, plan, self.layout, self.pad_id)
 
 
 @dataclass
@@ -464,7 +504,12 @@ class _Steps(Dataset[GlobalBatch]):
             kept=int(self.rows.counts[members].sum()) - negative,
             responses=int(self.rows.responses[members].sum()),
             negative=negative,
+            key=key,
         )
+
+    def id_of(self, row: int) -> str:
+        """The id of the sample in a row of the pool."""
+        return str(self.rows.table.texts("id")[row])
 
     def tokens_per_step(self) -> int:
         """Tokens that a process computes in one step, on average."""
@@ -512,7 +557,7 @@ class _StepLoader(DataLoader):
 
     def __init__(self, steps: _Steps):
         super().__init__(steps, batch_size=None, sampler=_StepSampler(len(steps)))
-        self._done = 0
+        self._steps, self._done = steps, 0
 
     def __iter__(self) -> Any:
         sampler = self.sampler
@@ -524,9 +569,11 @@ class _StepLoader(DataLoader):
         self._done = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"done": self._done}
+        """Steps done in this epoch, and the token budget, which may have been cut on the way."""
+        return {"done": self._done, "budget": self._steps.budget}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         sampler = self.sampler
         assert isinstance(sampler, _StepSampler)
         sampler.first = state["done"] % len(sampler)
+        self._steps.budget = min(self._steps.budget, state.get("budget", self._steps.budget))

@@ -26,6 +26,8 @@ TEXT_FORMATS = ("spans",)
 MODELS = ("adapter", "merged")
 #: What token ids of the OLMo-core format may be stored as.
 DTYPES = ("uint16", "uint32")
+#: Largest description that is read, in bytes.
+CARD_BYTES = 16 << 20
 
 
 def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -37,10 +39,7 @@ def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     folder = next((p for p in (path, path.parent) if (p / CARD).is_file()), None)
     if folder is None:
         return None
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"data.path: {folder / CARD} is not JSON: {error}") from error
+    card = read_json(folder / CARD, CARD_BYTES)
     if not isinstance(card, dict) or card.get("kind") != "export":
         return None
     if card.get("format") in MODELS:
@@ -49,12 +48,28 @@ def export_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
         )
     if card.get("version", VERSION) != VERSION:
         raise ValueError(
-            f"data.path: {folder} was written in version {card['version']} of its layout, and "
-            f"this one reads version {VERSION}; install a newer tokenclean"
+            f"data.path: {folder} was written in version {shown(card['version'])} of its layout, "
+            f"and this one reads version {VERSION}; install a newer tokenclean"
         )
     if not isinstance(card.get("eos", ""), str | None):
         raise ValueError(f"data.path: {folder / CARD}: eos is {shown(card['eos'])}, not text")
     return folder, card
+
+
+def read_json(file: Path, most: int, option: str = "data.path") -> Any:
+    """The value of a JSON file of at most so many bytes.
+
+    Raises:
+        ValueError: naming option and file, if it is larger or no JSON.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"{option}: {file} has more than the {most:,} bytes that it may have")
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option}: {file} is not JSON: {str(error)[:SHOWN]}") from error
 
 
 def exported_files(path: Path) -> list[Path] | None:
@@ -122,7 +137,8 @@ def check_tokenizer(paths: list[str], fingerprint: str) -> None:
             continue
         if (made := found[1].get("tokenizer")) != fingerprint:
             raise ValueError(
-                f"data.path: {path} was tokenised by another tokenizer (fingerprint {made}) than "
+                f"data.path: {path} was tokenised by another tokenizer (fingerprint "
+                f"{made if isinstance(made, str) and len(made) < SHOWN else shown(made)}) than "
                 f"model.base has ({fingerprint}); export it with --to spans, which goes with any"
             )
 
@@ -180,10 +196,13 @@ def token_array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _documents(bounds: Path, size: int) -> Iterator[slice]:
-    """Where the documents of an array of so many tokens lie."""
+    """Where the documents of an array of so many tokens lie, one behind the other."""
+    number = last = 0
     try:
         with gzip.open(bounds, "rt", encoding="ascii") as lines:
-            for number, line in enumerate(lines, start=1):
+            # Line by line and in order: a small file may unpack to any number of bytes.
+            while line := lines.readline(SHOWN + 1):
+                number += 1
                 start, _, end = line.strip().partition(",")
                 where = f"data.path: {bounds}:{number}: {shown(line.strip())}"
                 if not (start.isdigit() and end.isdigit() and len(line) <= SHOWN):
@@ -191,6 +210,9 @@ def _documents(bounds: Path, size: int) -> Iterator[slice]:
                 document = slice(int(start), int(end))
                 if not document.start < document.stop <= size:
                     raise ValueError(f"{where} lies outside {size} tokens")
+                if document.start < last:
+                    raise ValueError(f"{where} begins before the last document ends")
+                last = document.stop
                 yield document
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(

@@ -6,30 +6,29 @@ a `BadLine` with its file, line and reason.
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tokenclean.data.exports import (
     export_of,
     exported_files,
     is_token_array,
     token_array_parts,
-    token_array_rows,
 )
+from tokenclean.data.files import COMPRESSED, SUFFIXES, as_text, batch_rows, file_rows
 from tokenclean.data.pretokenised import TARGETS, BadRow, Tokens, are_tokens, read_tokens, shown
 from tokenclean.data.spans import COLUMNS as SPAN_COLUMNS
 from tokenclean.data.spans import SpannedText, read_spans
 
 Role = Literal["system", "user", "assistant"]
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+#: Longest id and source, in characters: both are shown in tables and messages.
+NAME_LENGTH = 1024
 
 #: Shapes that are no conversations.
 TOKENS, SPANS = "tokens", "text/spans"
@@ -127,6 +126,7 @@ class Reader:
         id_column: column with the sample's id.
         source_column: column with the sample's source; ``dataset`` is understood too.
         vocabulary: the ids of rows that come as tokens lie below it; None: that is not checked.
+        refuse: says why a sample is not wanted, or None; such rows are bad lines.
     """
 
     paths: list[str]
@@ -135,6 +135,7 @@ class Reader:
     id_column: str = "id"
     source_column: str = "source"
     vocabulary: int | None = None
+    refuse: Callable[[Sample | TokenSample], str | None] | None = None
 
     def __post_init__(self) -> None:
         #: file -> shape found in it, in the order read
@@ -162,23 +163,9 @@ class Reader:
         Raises:
             ValueError: naming the path.
         """
+        check_names(self.paths)
         for name in self.paths:
-            path = Path(name)
-            if exported_files(path) is not None:
-                continue
-            if path.is_file():
-                if path.suffix not in SUFFIXES and not is_token_array(path):
-                    raise ValueError(
-                        f"data.path: {name} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
-                    )
-            elif path.is_dir():
-                if not is_datasets_folder(path) and not _data_files(path):
-                    raise ValueError(
-                        f"data.path: {name} is neither a folder saved by `datasets` nor a folder "
-                        f"of {', '.join(SUFFIXES)} files"
-                    )
-            elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
-                raise ValueError(f"data.path: {name} does not exist")
+            _check_path(name)
 
     def __iter__(self) -> Iterator[Sample | TokenSample | BadLine]:
         stems: dict[str, int] = {}
@@ -190,9 +177,12 @@ class Reader:
                 prefix = stem if stems[stem] == 1 else f"{stem}({stems[stem]})"
                 for line, row in rows:
                     try:
-                        yield self._sample(row, file, stem, f"{prefix}-{line}")
+                        sample = self._sample(row, file, stem, f"{prefix}-{line}")
+                        if self.refuse is not None and (reason := self.refuse(sample)):
+                            raise BadRow(reason)
+                        yield sample
                     except BadRow as bad:
-                        content = row.content if isinstance(row, BadRow) else _as_text(row)
+                        content = row.content if isinstance(row, BadRow) else as_text(row)
                         yield BadLine(file, line, str(bad), content or "")
 
     def _sample(self, row: Any, file: str, stem: str, made_id: str) -> Sample | TokenSample:
@@ -211,9 +201,9 @@ class Reader:
             messages = _messages(row, shape)
         self.shapes[file] = shape
         given = row.get(self.id_column)
-        source = row.get(self.source_column) or row.get("dataset")
-        name = _encodable(str(given), "the id") if given is not None else made_id
-        source = _encodable(str(source), "the source") if source else stem
+        name = made_id if given is None else _name(given, "the id")
+        given = row.get(self.source_column) or row.get("dataset")
+        source = _name(given, "the source") if given else stem
         if content is not None:
             return TokenSample(name, source, content, self._order(row))
         truth = _truth(row.get("truth"), messages)
@@ -230,9 +220,55 @@ class Reader:
         if self.order_column is None:
             return None
         value = row.get(self.order_column)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise BadRow(f"ordering column `{self.order_column}` is {shown(value)}, not a number")
-        return float(value)
+        try:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                number = float(value)
+                if math.isfinite(number):
+                    return number
+        except OverflowError:
+            pass
+        raise BadRow(f"ordering column `{self.order_column}` is {shown(value)}, not a number")
+
+
+def check_names(paths: Iterable[str]) -> None:
+    """Refuse what no file can be called.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    for name in paths:
+        try:
+            name.encode("utf-8")  # ids are made from it
+            Path(name).is_file()
+        except (OSError, UnicodeEncodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "its name is no Unicode"
+            raise ValueError(f"data.path: {shown(name)} cannot be read: {reason}") from error
+
+
+def _check_path(name: str) -> None:
+    path = Path(name)
+    if exported_files(path) is not None:
+        return
+    known = path.suffix in SUFFIXES or is_token_array(path)
+    if path.is_file():
+        if path.suffix in COMPRESSED:
+            raise ValueError(f"data.path: {name} is compressed; unpack it first")
+        if not known:
+            raise ValueError(
+                f"data.path: {name} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
+            )
+    elif path.is_dir():
+        if not is_datasets_folder(path) and not _data_files(path):
+            raise ValueError(
+                f"data.path: {name} is neither a folder saved by `datasets` nor a folder "
+                f"of {', '.join(SUFFIXES)} files"
+            )
+    elif path.exists():
+        raise ValueError(f"data.path: {name} is a pipe or a device; write what it gives to a file")
+    elif path.is_symlink():
+        raise ValueError(f"data.path: {name} is a link that leads nowhere")
+    elif known or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"data.path: {name} does not exist")
 
 
 def is_datasets_folder(path: Path) -> bool:
@@ -243,9 +279,15 @@ def _data_files(path: Path) -> list[Path]:
     """Files of samples of a folder.
 
     Raises:
-        ValueError: if two of them hold the same samples.
+        ValueError: if two of them hold the same samples, or one cannot be read.
     """
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"data.path: {file} is no file; move it elsewhere, or name the others")
+    for file in sorted(path.iterdir()):
+        if file.suffix in COMPRESSED and Path(file.stem).suffix in SUFFIXES:
+            raise ValueError(f"data.path: {file} is compressed; unpack it first")
     for one, other in pairwise(sorted(files, key=lambda p: (p.stem, p.suffix))):
         if one.stem == other.stem and _same_rows(one, other):
             raise ValueError(
@@ -279,79 +321,16 @@ def _row_streams(name: str, split: str) -> Iterator[tuple[str, Iterable[tuple[in
         yield name, _datasets_rows(name, split)
 
 
-def file_rows(path: Path, option: str = "data.path") -> Iterator[tuple[int, Any]]:
-    """Rows of a file with their lines, counted from 1; what cannot be parsed is a `BadRow`.
-
-    Args:
-        path: with one of `SUFFIXES`, or an exported array of tokens.
-        option: that names the file, for errors.
-
-    Raises:
-        ValueError: if a Parquet file cannot be read.
-    """
-    if path.suffix == ".parquet":
-        line = 0
-        try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
-        except pa.ArrowException as error:
-            raise ValueError(f"{option}: {path} is not a readable Parquet file: {error}") from error
-    elif is_token_array(path):
-        yield from token_array_rows(path)
-    elif path.suffix == ".json" and (rows := _json_array(path)) is not None:
-        yield from enumerate(rows, start=1)
-    else:
-        yield from _json_lines(path)
-
-
-def _as_text(row: Any) -> str:
-    return json.dumps(row, default=str)
-
-
-def _json_array(path: Path) -> list[Any] | None:
-    """The rows of a JSON file that is one array; None if it is lines after all."""
-    with path.open("rb") as file:
-        first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        if first != b"[":
-            return None
-        file.seek(0)
-        try:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            return [BadRow(f"not JSON from line {error.lineno} on: {error.msg}")]
-        except UnicodeDecodeError as error:
-            return [BadRow(f"not UTF-8 at byte {error.start}")]
-        except (ValueError, RecursionError) as error:
-            return [BadRow(f"not JSON: {error}")]
-    return list(rows)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    # Split on b"\n" alone: str.splitlines would also break inside strings, at U+2028 for one.
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
-                yield line, BadRow("empty line")
-                continue
-            text = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                row = BadRow(f"not UTF-8 at byte {error.start}", text)
-            except (ValueError, RecursionError) as error:  # e.g. a number too long
-                row = BadRow(f"not JSON: {error}", text)
-            yield line, row
-
-
 def _datasets_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
     import datasets
 
     if Path(name).is_dir():
-        loaded = datasets.load_from_disk(name)
+        try:
+            loaded = datasets.load_from_disk(name)
+        except Exception as error:  # of whatever kind: the bytes are foreign
+            raise ValueError(
+                f"data.path: {name} is not a folder that `datasets` can read: {shown(str(error))}"
+            ) from error
         if isinstance(loaded, datasets.DatasetDict):
             if split not in loaded:
                 raise ValueError(
@@ -366,10 +345,17 @@ def _datasets_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
                 f"data.path: {name} is no local path and could not be loaded from the hub: {error}"
             ) from error
     line = 0
-    for batch in loaded.with_format("arrow").iter(1024):
-        for row in pa.table(batch).to_pylist():
-            line += 1
-            yield line, row
+    for found in loaded.with_format("arrow").iter(1024):
+        for batch in pa.table(found).to_batches():
+            try:
+                batch.validate(full=True)  # the file is mapped into memory and may say anything
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"data.path: {name} is damaged after row {line}: {shown(str(error))}"
+                ) from error
+            for row in batch_rows(batch):
+                line += 1
+                yield line, row
 
 
 def _detect(row: Mapping[str, Any], exported: bool) -> str:
@@ -400,6 +386,16 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"`{column}` is {type(value).__name__}, not text")
     return _encodable(value, f"`{column}`")
+
+
+def _name(value: Any, what: str) -> str:
+    """An id or a source."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        raise BadRow(f"{what} is {shown(value)}, neither text nor a number")
+    text = str(value)
+    if len(text) > NAME_LENGTH:
+        raise BadRow(f"{what} has {len(text):,} characters, more than {NAME_LENGTH:,}")
+    return _encodable(text, what)
 
 
 def _encodable(text: str, where: str) -> str:

@@ -14,32 +14,25 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
 
-from tokenclean.arrow import (
-    MANIFEST,
-    ROWS_PER_SHARD,
-    ArrowTable,
-    ListColumn,
-    complete_folder,
-    list_array,
-    write_json,
-    write_shard,
-)
+from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, ListColumn, list_array, write_shard
 from tokenclean.data.exports import reading_of
 from tokenclean.data.formats import BadLine, Reader, Sample, TokenSample, is_datasets_folder
-from tokenclean.data.pretokenised import Tokens
-from tokenclean.data.spans import encode_spans
+from tokenclean.data.pretokenised import Tokens, shown
+from tokenclean.data.spans import SpannedText, encode_spans
+from tokenclean.data.spans import refusal as refusal_of_spans
 from tokenclean.data.template import (
     TokenisedSample,
     Tokeniser,
     fingerprint_tokenizer,
     vocabulary_hash,
 )
+from tokenclean.publish import MANIFEST, complete_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +40,12 @@ KIND = "token pool"
 OnBadLine = Literal["stop", "skip"]
 #: How many bad lines are listed before the rest is only counted.
 BAD_LINES_SHOWN = 100
-_TOKENISE_ROWS = 512
+#: Sources that a pool may have: each has a line in the manifest.
+SOURCES = 10_000
+#: How many of them a table shows.
+_SOURCES_SHOWN = 100
+#: What is tokenised at a time, whichever is less.
+_TOKENISE_ROWS, _TOKENISE_CHARACTERS = 512, 4 << 20
 
 
 @dataclass
@@ -106,6 +104,14 @@ def extents(column: ListColumn, none: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 class TokenPool(ArrowTable):
     """A tokenised pool on disk."""
+
+    states: ClassVar[dict[str, type]] = {
+        "fingerprint": str,
+        "tokenizer": str,
+        "vocabulary": str,
+        "eos_id": int,
+        "statistics": dict,
+    }
 
     def __init__(self, folder: Path):
         super().__init__(folder, KIND)
@@ -215,6 +221,7 @@ def build_pool(
     """
     base = f"{data_fingerprint(reader)}-{tokeniser.fingerprint()}"
     reader.vocabulary = _vocabulary(tokeniser.tokenizer)
+    reader.refuse = lambda sample: refusal(sample, tokeniser)
     with complete_folder(folder) as partial:
         stream = _Stream(reader, tokeniser, partial, on_bad_line)
         splits = {"train": _Split(partial / "train"), "validation": _Split(partial / "validation")}
@@ -238,6 +245,22 @@ def build_pool(
                 )
 
 
+def refusal(sample: Sample | TokenSample, tokeniser: Tokeniser) -> str | None:
+    """Why a sample is not wanted, or None: see ``special_text`` of `Tokeniser`."""
+    if isinstance(sample, Sample):
+        return tokeniser.refusal(sample.messages)
+    if isinstance(sample.content, SpannedText):
+        return refusal_of_spans(sample.content, tokeniser)
+    return None  # tokens are no text
+
+
+def _size(sample: Sample | TokenSample) -> int:
+    """Characters of a sample that are to be tokenised."""
+    if isinstance(sample, Sample):
+        return sum(len(message.content) for message in sample.messages)
+    return len(sample.content.text) if isinstance(sample.content, SpannedText) else 0
+
+
 def _vocabulary(tokenizer: Any) -> int:
     """Ids of texts lie below it; a pad token of its own may lie beyond every embedding."""
     pad = {tokenizer.pad_token} - {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
@@ -257,6 +280,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[tuple[Sample | TokenSample, TokenisedSample]]:
         waiting: list[Sample | TokenSample] = []
+        characters = 0
         with Progress(transient=True) as progress:
             task = progress.add_task("tokenising", total=None)
             for item in self.reader:
@@ -267,10 +291,11 @@ class _Stream:
                 if self._bad and self.on_bad_line == "stop":
                     continue  # the run ends anyway: only look for more bad lines
                 waiting.append(item)
-                if len(waiting) == _TOKENISE_ROWS:
+                characters += _size(item)
+                if len(waiting) == _TOKENISE_ROWS or characters >= _TOKENISE_CHARACTERS:
                     yield from self._tokenised(waiting)
                     progress.advance(task, len(waiting))
-                    waiting = []
+                    waiting, characters = [], 0
             if not (self._bad and self.on_bad_line == "stop"):
                 yield from self._tokenised(waiting)
         self._finish()
@@ -325,11 +350,17 @@ class _Stream:
                     if not isinstance(s, BadLine) and hash_id(s.id) in doubled
                 }
             )
+            some = ", ".join(map(_cut_id, names[:5]))
             raise BadData(
-                f"{len(names)} id(s) occur more than once, e.g. {', '.join(names[:5])}; "
+                f"{len(names)} id(s) occur more than once, e.g. {some}; "
                 "ids must be unique. Name another column with --data.id_column, or one that the "
                 "data lack to have ids made from file and line"
             )
+
+
+def _cut_id(text: str) -> str:
+    """An id for a message: as it is, unless it is long or would break the line."""
+    return text if len(text) <= 40 and text.isprintable() else shown(text)
 
 
 def _cut(tokens: Tokens, max_length: int) -> TokenisedSample:
@@ -359,6 +390,11 @@ class _Split:
 
     def add(self, sample: Sample | TokenSample, tokens: TokenisedSample) -> None:
         statistics = self.statistics.setdefault(sample.source, SourceStatistics())
+        if len(self.statistics) > SOURCES:
+            raise BadData(
+                f"more than {SOURCES:,} sources, e.g. {_cut_id(sample.source)}; data.source_column "
+                "must name the collection that a sample comes from"
+            )
         if not tokens.response_mask.any():
             statistics.without_response += 1
             # Truncation can take a response away altogether: count that where it is looked for.
@@ -392,11 +428,13 @@ class _Split:
         for sample, tokens in self._buffer:
             if (tokens.truth is not None) != has_truth:
                 raise BadData(
-                    f"sample {sample.id!r}: either every sample of a pool carries `truth` or none"
+                    f"sample {shown(sample.id)}: either every sample of a pool carries `truth` or "
+                    "none"
                 )
             if (tokens.labels is not None) != has_labels:
                 raise BadData(
-                    f"sample {sample.id!r}: either every sample of a pool comes as tokens or none"
+                    f"sample {shown(sample.id)}: either every sample of a pool comes as tokens or "
+                    "none"
                 )
         columns_data: dict[str, Any] = {
             "id": [s.id for s, _ in self._buffer],
@@ -423,15 +461,16 @@ class _Split:
         if self._buffer:
             self._flush()
         if self.rows == 0:
-            empty = {k: v.without_response for k, v in self.statistics.items()}
+            empty = {_cut_id(k): v.without_response for k, v in self.statistics.items()}
             if not empty:
                 raise BadData(
                     f"no response token in the {self.folder.name} pool: no sample at all went into "
                     "it; check data.path and, for a held-out split, data.validation_share"
                 )
+            some = dict(list(empty.items())[:BAD_LINES_SHOWN])
             raise BadData(
                 f"no response token in the {self.folder.name} pool: data.path gave "
-                f"{sum(empty.values())} sample(s) without one (per source: {empty}); check the "
+                f"{sum(empty.values())} sample(s) without one (per source: {some}); check the "
                 "roles, data.max_length and, for a held-out split, data.validation_share"
             )
         statistics = {k: asdict(v) for k, v in sorted(self.statistics.items())}
@@ -457,7 +496,14 @@ def statistics_table(pool: TokenPool) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     rows = dict(pool.manifest["statistics"])
     names = [f.name for f in fields(SourceStatistics)]
-    rows["all"] = {n: sum(int(r[n]) for r in rows.values()) for n in names}
+    total = {n: sum(int(r[n]) for r in rows.values()) for n in names}
+    if len(rows) > _SOURCES_SHOWN:
+        largest = sorted(rows, key=lambda source: (-int(rows[source]["samples"]), source))
+        others = largest[_SOURCES_SHOWN:]
+        sums = {n: sum(int(rows[source][n]) for source in others) for n in names}
+        rows = {source: rows[source] for source in largest[:_SOURCES_SHOWN]}
+        rows[f"{len(others)} others"] = sums
+    rows["all"] = total
     for source, row in rows.items():
         samples = max(int(row["samples"]), 1)
         lengths = [
@@ -465,7 +511,7 @@ def statistics_table(pool: TokenPool) -> str:
             for n in ("prompt_length", "completion_length", "overall_length")
         ]
         cells = [
-            source,
+            _cut_id(source).replace("|", "\\|"),
             *(str(row[n]) for n in names[:4]),
             str(row["without_response"]),
             *lengths,

@@ -38,7 +38,12 @@ class BadRow(Exception):
 
 def shown(value: Any) -> str:
     """A foreign value as Python writes it, cut to `SHOWN` characters, for a message."""
-    text = repr(value)
+    if isinstance(value, str | bytes):
+        value = value[:SHOWN]  # a value of megabytes is not spelled out to be cut
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits, nested too deep
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 

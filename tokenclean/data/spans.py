@@ -11,8 +11,10 @@ exporter's own tokenizer gives its own tokens back where the row says ``exact``.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +95,8 @@ def read_spans(row: Mapping[str, Any], card: Mapping[str, Any] | None) -> Spanne
         if not isinstance(found, Mapping) or type(found.get("kept")) is not bool:
             raise BadRow(f"`spans`: {shown(found)} is not an object with start, end and kept")
         start, end = _extent(found.get("start"), found.get("end"), len(text), "spans")
-        if not any(a <= start and end <= b for a, b in responses):
+        at = bisect_right(responses, start, key=lambda response: response[0]) - 1
+        if at < 0 or end > responses[at][1]:
             raise BadRow(f"`spans`: [{start}, {end}] lies in no response")
         weight = found.get("weight")
         if weight is None:
@@ -102,6 +105,9 @@ def read_spans(row: Mapping[str, Any], card: Mapping[str, Any] | None) -> Spanne
             raise BadRow(f"`spans`: the weight of [{start}, {end}] is {shown(weight)}")
         if found["kept"] or weight < 0:  # what is to be unlearnt is not kept, and carries loss
             spans.append((start, end, float(weight)))
+    for (_, last, _), (start, end, _) in pairwise(sorted(spans)):
+        if start < last:
+            raise BadRow(f"`spans`: [{start}, {end}] begins before another one ends")
     exact = row.get("exact")
     if not isinstance(exact, bool | None):
         raise BadRow(f"`exact` is {shown(exact)}, neither true nor false")
@@ -157,18 +163,22 @@ def encode_spans(sample: SpannedText, tokeniser: Tokeniser) -> Tokens:
     # A blank whose offsets were trimmed away ends where they stand.
     starts, stops = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
 
+    full = np.flatnonzero(stops > 0)  # not what the tokenizer puts around the text
+    starts, stops = starts[full], stops[full]
+
     def touching(start: int, end: int) -> np.ndarray:
-        found: np.ndarray = (starts < end) & (stops > start)
-        return found
+        first, stop = np.searchsorted(stops, start, "right"), np.searchsorted(starts, end, "left")
+        return full[first:stop]
 
     response = np.zeros(len(ids), dtype=bool)
     for start, end in sample.responses:
-        response |= touching(start, end)
+        response[touching(start, end)] = True
     response[:1] = False
     weight = np.zeros(len(ids), dtype=np.float32)
     # On an edge the span that is learnt most has the last word.
     for start, end, value in sorted(sample.spans, key=lambda span: span[2]):
-        weight[touching(start, end) & response] = value
+        weight[touching(start, end)] = value
+    weight[~response] = 0.0
     labels = np.where(weight != 0.0, ids, NO_LOSS).astype(np.int32)
     weight[labels == NO_LOSS] = 1.0
     return Tokens(ids, response, labels, weight)
@@ -194,12 +204,10 @@ def _with_eos(sample: SpannedText, eos: str) -> tuple[SpannedText, list[int]]:
 
     def shifted(place: int, is_end: bool) -> int:
         """A place of the old text in the new one; one inside an EOS goes to its edge."""
-        shift = 0
-        for end, by in edges:
-            if place >= end:
-                shift = by
-            elif place > end - len(theirs):
-                return end - len(theirs) + shift + (len(eos) if is_end else 0)
+        after = bisect_right(edges, place, key=lambda edge: edge[0])
+        shift = edges[after - 1][1] if after else 0
+        if after < len(edges) and place > edges[after][0] - len(theirs):
+            return edges[after][0] - len(theirs) + shift + (len(eos) if is_end else 0)
         return place + shift
 
     def both(start: int, end: int) -> tuple[int, int]:
@@ -255,6 +263,20 @@ def _encode(
     return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
 
+def _inside(place: int, responses: tuple[tuple[int, int], ...]) -> bool:
+    at = bisect_left(responses, place + 1, key=lambda response: response[0]) - 1
+    return at >= 0 and place < responses[at][1]
+
+
+def refusal(sample: SpannedText, tokeniser: Tokeniser) -> str | None:
+    """Why a text is not wanted, or None: see ``special_text`` of `Tokeniser`."""
+    if tokeniser.special_text == "refuse":
+        sample, ends = _with_eos(sample, tokeniser.eos)
+        if _spells_special(sample, ends, tokeniser):
+            return "`text` spells a special token outside of its tags and ends"
+    return None
+
+
 def _spells_special(sample: SpannedText, ends: list[int], tokeniser: Tokeniser) -> bool:
     """Whether the content of a text does, that is all but the roles' tags and the responses' EOS.
 
@@ -266,7 +288,7 @@ def _spells_special(sample: SpannedText, ends: list[int], tokeniser: Tokeniser) 
         cuts += [
             (tag.start(), tag.end())
             for tag in _TAG.finditer(sample.text)
-            if not any(start <= tag.start() < end for start, end in sample.responses)
+            if not _inside(tag.start(), sample.responses)
         ]
     cursor = 0
     for start, end in [*sorted(cuts), (len(sample.text), 0)]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,8 +23,13 @@ from typing import Any, Literal
 import numpy as np
 
 from tokenclean.data.formats import Message, Sample
+from tokenclean.data.pretokenised import shown
 
 TemplateName = Literal["tulu", "raw", "chat"]
+#: What becomes of text that spells a special token: it stays text, or its row is a bad line.
+SpecialText = Literal["text", "refuse"]
+#: Characters of a text that an error quotes.
+_QUOTED = 200
 #: Part of every fingerprint: raise it when rendering or the response rule changes.
 TEMPLATE_VERSION = 1
 
@@ -125,6 +132,7 @@ class Tokeniser:
         template: ``tulu``; ``raw`` (contents joined without tags); ``chat`` (the tokenizer's own
             chat template).
         max_length: tokens kept from the left, T.
+        special_text: what `refusal` says of a text that spells a special token.
 
     Attributes:
         specials: texts of the tokenizer's special tokens.
@@ -134,7 +142,13 @@ class Tokeniser:
         ValueError: if the tokenizer lacks offsets, an EOS token, or a chat template asked for.
     """
 
-    def __init__(self, tokenizer: Any, template: TemplateName = "tulu", max_length: int = 2048):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: TemplateName = "tulu",
+        max_length: int = 2048,
+        special_text: SpecialText = "text",
+    ):
         if not tokenizer.is_fast:
             raise ValueError(
                 "data.tokenizer: a fast tokenizer is needed, since response tokens are found by "
@@ -149,6 +163,7 @@ class Tokeniser:
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
+        self.special_text = special_text
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
         self.specials = sorted(
@@ -156,6 +171,28 @@ class Tokeniser:
             | {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         )
         self.prefix, self.suffix = surroundings(tokenizer)
+        self._unknown: int | None = tokenizer.unk_token_id
+        ids = tokenizer.convert_tokens_to_ids(self.specials)
+        #: special token -> its id, where the vocabulary has it
+        self._ids: dict[str, int] = {
+            token: number
+            for token, number in zip(self.specials, ids, strict=True)
+            if number is not None and (number != self._unknown or token == tokenizer.unk_token)
+        }
+        self._is_special = np.zeros(1 + max(self._ids.values()), dtype=bool)
+        self._is_special[list(self._ids.values())] = True
+
+    @cached_property
+    def _spelling(self) -> re.Pattern[str]:
+        """A special token where the tokenizer finds one: of several, the longest."""
+        longest = sorted(self._ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest)))
+
+    @cached_property
+    def _greedy(self) -> tuple[set[str], set[str]]:
+        """Special tokens that take along the blanks before them, and those after them."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return {t.content for t in added if t.lstrip}, {t.content for t in added if t.rstrip}
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -165,7 +202,22 @@ class Tokeniser:
     def fingerprint(self) -> str:
         """Content hash of everything that decides the tokens of a text."""
         layout = self.tokenizer.chat_template if self.template == "chat" else ""
-        return fingerprint_tokenizer(self.tokenizer, self.template, self.max_length, layout)
+        refusing = () if self.special_text == "text" else (self.special_text,)
+        return fingerprint_tokenizer(
+            self.tokenizer, self.template, self.max_length, layout, *refusing
+        )
+
+    def refusal(self, messages: Sequence[Message]) -> str | None:
+        """Why a conversation is not wanted, or None: see ``special_text``."""
+        if self.special_text == "refuse":
+            for number, message in enumerate(messages):
+                if (token := self.spelled(message.content)) is not None:
+                    return f"messages[{number}] spells the special token {shown(token)}"
+        return None
+
+    def spelled(self, text: str) -> str | None:
+        """A special token that a text spells, if it does."""
+        return next((token for token in self.specials if token in text), None)
 
     def __call__(self, samples: Sequence[Sample]) -> list[TokenisedSample]:
         """Tokenise a batch of samples.
@@ -187,13 +239,15 @@ class Tokeniser:
             for i, ids, offsets in zip(
                 plain, batch["input_ids"], batch["offset_mapping"], strict=True
             ):
-                encoded[i] = np.asarray(ids, np.int32), np.asarray(offsets, np.int64)
+                found = np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+                if not self._parsed_content(rendered[i], *found):
+                    encoded[i] = found
         for i in set(range(len(samples))) - encoded.keys():
             encoded[i] = self._encode_literally(rendered[i])
         results = []
         for i, sample in enumerate(samples):
             ids, offsets = encoded[i]
-            spans = [_covering(offsets, span) for span in rendered[i].responses]
+            spans = _covering(offsets, rendered[i].responses)
             self._verify(sample, rendered[i], ids, offsets, spans)
             results.append(self._finish(sample, rendered[i], ids, offsets, spans))
         return results
@@ -212,15 +266,16 @@ class Tokeniser:
         marks = [f"\ue000{number}\ue001" for number in range(len(sample.messages))]
         frame = self._chat_text(sample, marks)
         between: list[str] = []
+        cursor = 0
         for mark, message in zip(marks, sample.messages, strict=True):
-            before, found, frame = frame.partition(mark)
-            if not found:
+            if (at := frame.find(mark, cursor)) < 0:
                 raise ValueError(
                     f"data.template: the chat template drops or moves {message.role} turns of "
-                    f"sample {sample.id!r}. Use the tulu template"
+                    f"sample {shown(sample.id)}. Use the tulu template"
                 )
-            between.append(before)
-        between.append(frame)
+            between.append(frame[cursor:at])
+            cursor = at + len(mark)
+        between.append(frame[cursor:])
         responses, contents, cursor = [], [], len(between[0])
         for message, after in zip(sample.messages, between[1:], strict=True):
             stripped = message.content.strip()
@@ -231,12 +286,15 @@ class Tokeniser:
                 end, left = cursor + len(stripped), _left_blank(message.content)
             else:
                 raise ValueError(
-                    f"data.template: the chat template changes the text of sample {sample.id!r}; "
-                    f"looked for {stripped!r} in {text!r}. Use the tulu template"
+                    "data.template: the chat template changes the text of sample "
+                    f"{shown(sample.id)}; looked for {stripped[:_QUOTED]!r} in "
+                    f"{text[cursor : cursor + _QUOTED]!r}. Use the tulu template"
                 )
             contents.append((cursor, end, left))
             if message.role == "assistant":
-                closing = next((t for t in self.specials if text.startswith(t, end)), "")
+                closing = max(
+                    (t for t in self.specials if text.startswith(t, end)), key=len, default=""
+                )
                 responses.append((cursor, end + len(closing)))
             cursor = end + len(after)
         return Rendered(text, responses, contents)
@@ -246,26 +304,53 @@ class Tokeniser:
             {"role": message.role, "content": content}
             for message, content in zip(sample.messages, contents, strict=True)
         ]
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception as error:  # of whatever kind: a template is a program
+            raise ValueError(
+                f"data.template: the chat template does not take sample {shown(sample.id)}: "
+                f"{str(error)[:_QUOTED]}. Use the tulu template"
+            ) from error
         return text
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
-        return any(token in m.content for m in messages for token in self.specials)
+        return any(self.spelled(m.content) is not None for m in messages)
+
+    def _parsed_content(self, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> bool:
+        """Whether the tokenizer took something of a content for a special token after all.
+
+        Two contents may spell one together, or a normaliser may make one of what is none.
+        """
+        inside = ids < len(self._is_special)
+        inside[inside] = self._is_special[ids[inside]]
+        stops = [stop for _, stop, _ in rendered.contents]
+        for token in np.flatnonzero(inside).tolist():
+            start, end = offsets[token].tolist()
+            text = rendered.text[start:end]
+            if not text.strip() or (
+                ids[token] == self._unknown and text.strip() != self.tokenizer.unk_token
+            ):
+                continue
+            # Blanks that a token takes along make no special token of a content.
+            start += len(text) - len(text.lstrip())
+            end -= len(text) - len(text.rstrip())
+            at = bisect_right(stops, start)
+            while at < len(stops) and rendered.contents[at][0] == stops[at]:
+                at += 1  # nothing lies in an empty content
+            if at < len(stops) and rendered.contents[at][0] < end:
+                return True
+        return False
 
     def _encode_literally(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenise a text whose content spells special tokens: as plain text, EOS put in by id."""
-        if self.template == "chat":
-            raise ValueError(
-                "data.template: a sample's content spells a special token of the tokenizer, which "
-                "the chat template cannot keep apart; use the tulu template"
-            )
-        ids: list[int] = list(self.prefix)
-        offsets: list[tuple[int, int]] = [(0, 0)] * len(self.prefix)
+        """Tokenise a text whose content spells special tokens: as plain text, the template's own
+        special tokens put in by id."""
+        around = ([], []) if self.template == "chat" else (self.prefix, self.suffix)
+        ids: list[int] = list(around[0])
+        offsets: list[tuple[int, int]] = [(0, 0)] * len(ids)
         cursor = 0
-        eos_starts = [end - len(self.eos) for _, end in rendered.responses]
-        for eos_start in [*eos_starts, len(rendered.text)]:
-            piece = rendered.text[cursor:eos_start]
-            if piece:
+        end = len(rendered.text)
+        for start, stop, special in [*self._own_specials(rendered), (end, end, None)]:
+            if piece := rendered.text[cursor:start]:
                 part = self.tokenizer(
                     piece,
                     add_special_tokens=False,
@@ -275,14 +360,35 @@ class Tokeniser:
                 )
                 ids += part["input_ids"]
                 offsets += [(s + cursor, e + cursor) for s, e in part["offset_mapping"]]
-            cursor = eos_start
-            if eos_start < len(rendered.text):
-                ids.append(self.eos_id)
-                cursor += len(self.eos)
-                offsets.append((eos_start, cursor))
-        ids += self.suffix
-        offsets += [(cursor, cursor)] * len(self.suffix)
+            cursor = stop
+            if special is not None:
+                ids.append(special)
+                offsets.append((start, stop))
+        ids += around[1]
+        offsets += [(cursor, cursor)] * len(around[1])
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _own_specials(self, rendered: Rendered) -> Iterator[tuple[int, int, int]]:
+        """Special tokens that the template put between contents: [start, stop) and id.
+
+        Of the Tulu and raw layouts these are the responses' EOS; a chat template has more.
+        """
+        if self.template != "chat":
+            for _, end in rendered.responses:
+                yield end - len(self.eos), end, self.eos_id
+            return
+        text, cursor = rendered.text, 0
+        before, after = self._greedy
+        for first, last, _ in [*rendered.contents, (len(text), len(text), 0)]:
+            for found in self._spelling.finditer(text, cursor, max(first, cursor)):
+                token, (start, stop) = found.group(), found.span()
+                while token in before and start > cursor and text[start - 1].isspace():
+                    start -= 1
+                while token in after and stop < len(text) and text[stop].isspace():
+                    stop += 1
+                yield start, stop, self._ids[token]
+                cursor = stop
+            cursor = max(last, cursor)
 
     def _verify(
         self,
@@ -306,8 +412,8 @@ class Tokeniser:
             # lose or add the blank at the very start of a decoded piece.
             if _normal(got) != _normal(want):
                 raise ValueError(
-                    f"sample {sample.id!r}: the response tokens do not decode to their own text\n"
-                    f"  text:    {want!r}\n  decoded: {got!r}\n"
+                    f"sample {shown(sample.id)}: the response tokens do not decode to their own "
+                    f"text\n  text:    {_around(want, got)}\n  decoded: {_around(got, want)}\n"
                     "The tokenizer changes text or cuts across the response's edge; use another "
                     "tokenizer or template"
                 )
@@ -357,16 +463,25 @@ class Tokeniser:
         )
 
 
-def _covering(offsets: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """Indices of the tokens that share a character with the span, and of all between them.
+def _covering(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """For each span, indices of the tokens that share a character with it, and of all between them.
 
     Some byte-level tokenizers (GPT-NeoX's) trim blanks from offsets: a token that is nothing but
     blanks then covers no character, yet stands between tokens that do.
+
+    Args:
+        offsets: [start, end) characters of each token, ascending where they hold any; (T, 2).
     """
-    start, end = span
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    inside = np.flatnonzero((ends > start) & (starts < end) & (ends > starts))
-    return np.arange(inside[0], inside[-1] + 1) if len(inside) else inside
+    full = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
+    starts, ends = offsets[full, 0], offsets[full, 1]
+    edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    firsts = np.searchsorted(ends, edges[:, 0], side="right")
+    stops = np.searchsorted(starts, edges[:, 1], side="left")
+    nothing = np.zeros(0, dtype=np.int64)
+    return [
+        np.arange(full[first], full[stop - 1] + 1) if first < stop else nothing
+        for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True)
+    ]
 
 
 def _blank_unknown(
@@ -382,6 +497,17 @@ def _blank_unknown(
     for t in tokens[ids[tokens] == unknown]:
         keep[max(offsets[t, 0] - start, 0) : offsets[t, 1] - start] = False
     return "".join(c for c, kept in zip(text[start:end], keep, strict=True) if kept)
+
+
+def _around(text: str, other: str) -> str:
+    """A text as Python writes it, cut to where it begins to differ from another."""
+    if len(text) <= _QUOTED:
+        return repr(text)
+    differs = (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+    first = next(differs, min(len(text), len(other)))
+    start = max(0, min(first - _QUOTED // 2, len(text) - _QUOTED))
+    cut = repr(text[start : start + _QUOTED])
+    return f"{'...' if start else ''}{cut}{'...' if start + _QUOTED < len(text) else ''}"
 
 
 def _normal(text: str) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tokenclean.trust import OPTION, TASKS, is_trusted
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,13 @@ class Column:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError(f"columns: {self.name} names no task")
+        for task in self.tasks:
+            # The harness takes a name that it does not know for the path of a task file.
+            if not re.fullmatch(r"\w[\w.+-]*", task) or task.endswith((".yaml", ".yml")):
+                raise ValueError(
+                    f"columns: {self.name}: {task!r} is no name of a task; task files of your own "
+                    "are found by name in --include_path"
+                )
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"columns: {self.name}: shots {self.shots} is negative")
 
@@ -89,6 +99,11 @@ class Source:
             value = getattr(self, option)
             if value is not None and not Path(value).exists():
                 raise ValueError(f"--{option}: {value} does not exist")
+        if self.include_path is not None and not is_trusted(TASKS):
+            raise ValueError(
+                f"--include_path: the task files of {self.include_path} can run code, by !function "
+                f"and in their templates; if you trust them, add {OPTION} {TASKS}"
+            )
 
 
 class Tasks:

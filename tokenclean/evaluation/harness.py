@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 import torch
 
-from tokenclean.arrow import complete_folder, write_json
 from tokenclean.evaluation.benchmarks import Column, Source, Tasks
 from tokenclean.evaluation.compare import Cell, Record, estimate
 from tokenclean.models import Network
+from tokenclean.publish import complete_folder, write_json
 
 log = logging.getLogger(__name__)
 

@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
-from tokenclean.arrow import write_json
 from tokenclean.evaluation.benchmarks import Column, Source
 from tokenclean.evaluation.compare import MEAN, Cell, Results, reference_of
 from tokenclean.evaluation.harness import Settings, check_tokenizer, evaluate_model, load_cell
 from tokenclean.models import BaseConfig, Network, load_tokenizer
 from tokenclean.models.adapters import adapter_folders
 from tokenclean.models.loading import Speed, load_config
-from tokenclean.runs import CONFIG, SUMMARY, log_to, open_run, run_folder, write_summary
+from tokenclean.parsing import Parser, allow
+from tokenclean.publish import write_json, write_text
+from tokenclean.runs import CONFIG, SUMMARY, open_run, run_folder, write_summary
+from tokenclean.trust import check_remote_code, read_yaml, safe_name
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class ModelChoice:
 
     base: BaseConfig | None = None
     adapters: list[str] | None = None
+
+
+allow(Column, BaseConfig, Speed, ModelChoice)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ def evaluate(argv: list[str]) -> None:
     config = parser.instantiate_classes(config)
     files = [Path(str(file)).stem for file in config.config or []]
     stem = "-".join(["evaluate", *dict.fromkeys(files)])
+    if config.name is None:
+        safe_name(stem, "--config")
+    else:
+        safe_name(config.name, "--name")
     # What only changes where it runs or what is shown may differ from call to call.
     for key in ("batch_size", "device", "against"):
         plain.pop(key, None)
@@ -89,8 +98,7 @@ def evaluate(argv: list[str]) -> None:
         check_tokenizer(load_tokenizer(base), settings.add_bos_token)
         _check_context(base, settings.max_length)
 
-    open_run(folder, plain)
-    with log_to(folder):
+    with open_run(folder, plain):
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,8 +123,8 @@ def evaluate(argv: list[str]) -> None:
     write_summary(folder, summary)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="tokenclean evaluate",
         description="Run benchmarks of lm-evaluation-harness on models and arms.",
         usage="%(prog)s [-c CONFIG.yaml ...] [--option value ...]",
@@ -214,6 +222,7 @@ def _models(
         if adapters:
             raise ValueError("--adapters and --models: name the adapters in --models")
         for name, choice in named.items():
+            safe_name(name, "--models")
             own = choice.base or base
             if own is None:
                 raise ValueError(f"--models: {name} has no base; give one there or with --base")
@@ -221,7 +230,8 @@ def _models(
     elif base is not None:
         models.append(_Model(BASE, base))
         if adapters:
-            models.append(_Model(Path(adapters[-1]).name, base, tuple(adapter_folders(adapters))))
+            name = safe_name(Path(adapters[-1]).name, "--adapters")
+            models.append(_Model(name, base, tuple(adapter_folders(adapters))))
     elif adapters:
         raise ValueError("--adapters: give the base as well, --base.name")
     configs = [_run_config(run) for run in runs]
@@ -261,7 +271,9 @@ def _unique(bases: list[BaseConfig]) -> list[BaseConfig]:
 def _labels(runs: list[str]) -> list[str]:
     labels = [Path(run).name for run in runs]
     if len(set(labels)) < len(labels):
-        labels = [str(Path(run)).strip("/").replace("/", "_") for run in runs]
+        labels = [str(Path(run)).strip("./").replace("/", "_") for run in runs]
+    for label in labels:
+        safe_name(label, "--run")
     if len(set(labels)) < len(labels):
         raise ValueError("--run: one run is given twice")
     return labels
@@ -273,13 +285,14 @@ def _run_config(run: str) -> dict[str, Any]:
         raise ValueError(f"--run: {run} is no folder of a `clean` run")
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"--run: {run} is not finished; the same `clean` command goes on with it")
-    config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_yaml(folder / CONFIG)
     return config
 
 
 def _base_of(config: dict[str, Any], run: str) -> BaseConfig:
     try:
         plain = dict(config["model"]["base"])
+        check_remote_code(plain.get("trust_remote_code"), f"--run: {run}: trust_remote_code")
         return BaseConfig(**{**plain, "speed": Speed(**plain.get("speed", {}))})
     except (KeyError, TypeError) as error:
         raise ValueError(f"--run: {run}/{CONFIG} names no base model: {error}") from None
@@ -350,7 +363,7 @@ def _content(file: Path, changed: int) -> bytes:
 def _write(folder: Path, results: Results) -> str:
     """The tables as Markdown, CSV and JSON."""
     text = results.markdown()
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    (folder / "results.csv").write_text(results.csv(), encoding="utf-8")
+    write_text(folder / "results.md", text)
+    write_text(folder / "results.csv", results.csv())
     write_json(folder / "results.json", results.plain())
     return text

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenclean import __version__
-from tokenclean.arrow import write_json
 from tokenclean.data.exports import CARD, VERSION
 from tokenclean.export import loading
 from tokenclean.export.card import Loading, base_name, data_card, named
@@ -21,6 +20,7 @@ from tokenclean.export.formats import (
 )
 from tokenclean.export.spans import SpanWriter
 from tokenclean.finished import CleanedArm, FinishedRun
+from tokenclean.publish import write_json
 from tokenclean.selection.rule import REASONS
 
 #: Layouts of labels alone, and those that hold everything.

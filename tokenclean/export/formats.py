@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenclean.arrow import lists_of, write_json
+from tokenclean.arrow import lists_of
 from tokenclean.data.cleaned import CleanedBlock
 from tokenclean.data.exports import token_array_parts
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.export.content import Labelled
+from tokenclean.publish import write_json
 
 #: Bytes of token ids in one file of the `olmo` format.
 PART_BYTES = 1 << 30

@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tokenclean import __version__
-from tokenclean.arrow import write_json
 from tokenclean.data.exports import CARD, VERSION
 from tokenclean.export import loading
 from tokenclean.export.card import is_hub_name, model_card, named
@@ -21,7 +18,9 @@ from tokenclean.export.content import Choices
 from tokenclean.export.markdown import shown
 from tokenclean.finished import CleanedArm, FinishedRun
 from tokenclean.models import TRAINED_IDS, BaseConfig, Network, load_tokenizer
+from tokenclean.publish import write_json
 from tokenclean.runs import CONFIG
+from tokenclean.trust import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def find_trained(
 
 
 def _of_fit(folder: Path, place: Path, trusted: bool) -> Trained:
-    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_yaml(folder / CONFIG)
     named = config["model"]["base"]
     known = ("name", "tokenizer", "revision", "dtype")
     base = BaseConfig(**{key: named[key] for key in known if key in named})

@@ -11,17 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tokenclean import __version__
-from tokenclean.arrow import complete_folder, write_json
 from tokenclean.data.cleaned import DATA
 from tokenclean.data.exports import CARD, MODELS, VERSION
 from tokenclean.export.content import Choices
 from tokenclean.export.dataset import EVERYTHING, LABELS, count, write_dataset
 from tokenclean.export.hub import check_push, push
 from tokenclean.finished import FinishedRun
+from tokenclean.publish import complete_folder, write_json
 from tokenclean.runs import CONFIG
+from tokenclean.trust import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def _export_data(options: Namespace) -> Path:
     folder = _folder(options, arm.name if len(run.arms) > 1 else None)
     if not _finished(folder, content, options.overwrite):
         counted = count(run, arm, choices)
-        with complete_folder(folder) as partial:
+        with complete_folder(folder, sealed=False) as partial:
             write_dataset(partial, run, arm, choices, counted, content)
             _list_files(partial)
         left_out = counted.total.samples - counted.rows
@@ -146,7 +145,7 @@ def _trained_on(folder: Path) -> str | None:
     config = folder / CONFIG
     if not config.is_file() or not any((folder / name).is_dir() for name in ("adapter", "model")):
         return None
-    stored = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    stored = read_yaml(config) or {}
     path = (stored.get("data") or {}).get("path")
     return ", ".join(map(str, path)) if isinstance(path, list) else path and str(path)
 
@@ -162,7 +161,7 @@ def _export_model(options: Namespace) -> Path:
     content = _content(choices, trained.name, trained.digest(options.to), manifest, trained.config)
     folder = _folder(options, trained.name if trained.among_others else None)
     if not _finished(folder, content, options.overwrite):
-        with complete_folder(folder) as partial:
+        with complete_folder(folder, sealed=False) as partial:
             write_model(partial, trained, choices, content)
             _list_files(partial)
         print(f"{folder}: format={options.to}, base={trained.base_name}, bytes={_bytes(folder)}")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 #: beside an adapter (or a fully fine-tuned model): ids of the samples it was trained on
 TRAINED_IDS = "trained_ids.json"
+#: what a disk says that takes no more
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+#: of an adapter, in PEFT's format
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -84,6 +92,15 @@ def check_adapter_folder(folder: Path) -> None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"model.adapters: {folder} holds no PEFT adapter")
+    if not (folder / WEIGHTS).is_file():
+        pickled = folder / "adapter_model.bin"
+        what = "no weights"
+        if pickled.is_file():
+            what = f"{pickled.name}, a pickle, which is never loaded"
+        raise ValueError(
+            f"model.adapters: {folder} holds {what}; {WEIGHTS} is needed, which save_pretrained of "
+            "peft writes"
+        )
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
@@ -92,6 +109,7 @@ def check_adapter_folder(folder: Path) -> None:
         *("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
         *("alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
         *("arrow_config", "velora_config", "kasa_config", "monteclora_config"),
+        "megatron_config",  # imports a module by name
     }
     found = sorted(option for option in unlike if config.get(option))
     if config.get("bias", "none") != "none":
@@ -105,14 +123,18 @@ def check_adapter_folder(folder: Path) -> None:
 
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter."""
-    return load_file(str(folder / "adapter_model.safetensors"))
+    try:
+        return load_file(str(folder / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS}: it cannot be read: {error}") from error
 
 
 def write_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
     """Write an adapter in PEFT's format; equal adapters become equal files."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "adapter_model.safetensors"
-    save_file(state, str(weights), metadata={"format": "pt"})
+    weights = folder / WEIGHTS
+    with disk_errors(weights):
+        save_file(state, str(weights), metadata={"format": "pt"})
     share(weights)
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
@@ -136,6 +158,27 @@ def _card(config: LoraConfig) -> str:
         "folder)` loads it. `tokenclean export RUN --to adapter` writes it with a card that says "
         "what it was trained on.\n"
     )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise on a full disk into the operating system's error.
+
+    Raises:
+        OSError: naming the path, whatever could not be written.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        number = next(
+            (n for n in _REFUSALS if os.strerror(n) in text or f"os error {n})" in text), 0
+        )
+        if not number and ("PytorchStreamWriter" in text or "inline_container" in text):
+            number = errno.ENOSPC  # torch does not say why
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def share(weights: Path) -> None:

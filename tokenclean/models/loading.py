@@ -83,14 +83,45 @@ def load_tokenizer(base: BaseConfig) -> Any:
 
 
 def load_config(base: BaseConfig) -> Any:
-    """The model's own configuration, without its weights."""
+    """The model's own configuration, without its weights.
+
+    Raises:
+        ValueError: if there is none, or what lies beside it is no model to be read: an adapter,
+            weights that are pickles alone; or if it asks for code from the hub.
+    """
     _check_local(base.name, "model.base.name")
+    _check_weights(Path(base.name))
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.base.name: {base.name} could not be loaded: {error}") from error
+    attention = getattr(config, "_attn_implementation", None)
+    if not base.trust_remote_code and "/" in str(attention):
+        raise ValueError(
+            f"model.base.name: the configuration of {base.name} asks for attention code from the "
+            f"hub, {attention}, which is not run; take attn_implementation out of its config.json"
+        )
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are pickles, which run code, or an adapter's."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.base.name: {folder} holds an adapter; give it as model.adapters, and its base "
+            "as model.base.name"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    endings = ("bin", "pt", "pth", "ckpt", "pkl")
+    if pickled := sorted(file.name for end in endings for file in folder.glob(f"*.{end}")):
+        raise ValueError(
+            f"model.base.name: {folder} holds no safetensors but {pickled[0]}, and pickles are "
+            "never loaded, since that can run code; convert it (AutoModelForCausalLM."
+            "from_pretrained, then save_pretrained, where you trust it)"
+        )
 
 
 def _check_local(name: str, option: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -29,6 +30,7 @@ from tokenclean.machine import free_memory, settled
 from tokenclean.models.adapters import (
     LoraSettings,
     check_adapter_folder,
+    disk_errors,
     join_adapters,
     share,
     write_adapter,
@@ -41,6 +43,7 @@ from tokenclean.models.passes import (
     lean_lora,
     whole_last_layer,
 )
+from tokenclean.models.sharding import gather
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ class Network(nn.Module):
                 use_safetensors=True,
                 **options,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"model.base.name: {base.name} could not be loaded: {error}"
             ) from error
@@ -395,11 +398,14 @@ class Network(nn.Module):
         folder = Path(folder)
         check_adapter_folder(folder)
         name = f"round_{len(self.stack)}"
-        if self._peft:
-            self._peft[0].load_adapter(str(folder), adapter_name=name)
-        else:
-            peft = PeftModel.from_pretrained(self.hf, str(folder), adapter_name=name)
-            self._peft = [peft]
+        try:
+            if self._peft:
+                self._peft[0].load_adapter(str(folder), adapter_name=name)
+            else:
+                peft = PeftModel.from_pretrained(self.hf, str(folder), adapter_name=name)
+                self._peft = [peft]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model.adapters: {folder} cannot be read: {error}") from error
         self._check_adapter(f"model.adapters: {folder}")
         self.stack.append(name)
         self._activate(len(self.stack), train_last=False)
@@ -413,7 +419,11 @@ class Network(nn.Module):
                 )
 
     def freeze(self) -> None:
-        """End of training: nothing in the network takes gradients any more."""
+        """End of training: nothing in the network takes gradients any more.
+
+        If it was sharded, every process must call it, and the first one's is whole afterwards.
+        """
+        gather(self.hf)
         self._activate(self.depth, train_last=False)
         self.requires_grad_(False)
         self.eval()
@@ -575,10 +585,11 @@ class Network(nn.Module):
         implementation = target.config._attn_implementation
         if implementation == SEGMENTS:
             target.set_attn_implementation("sdpa")
-        target.save_pretrained(folder, state_dict=plain)
+        with disk_errors(folder):
+            target.save_pretrained(folder, state_dict=plain)
         target.set_attn_implementation(implementation)
         tokenizer.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
+        for weights in sorted(folder.glob("*.safetensors")):
             share(weights)
 
     def _adapter_state(self, name: str) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ class Ranking:
         for tally in tallies:
             # as `tokenclean.selection.select` does
             budget = max(int(total * tally.keep), self._histogram.firsts())
-            key, above = kth_largest(self._keys, budget, self._histogram)
+            key, above, _ = kth_largest(self._keys, budget, self._histogram)
             tally.key, tally.ties = key, budget - above
             tally.cut = None if key == FIRST else score_of(key)
         for counts, keys, ends in self._chunks():

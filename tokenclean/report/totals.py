@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.finished import CleanedArm, FinishedRun
+from tokenclean.publish import MANIFEST
 from tokenclean.report.content import Section, Table
 from tokenclean.report.counted import ALL, Counted
 from tokenclean.report.ratio import COLUMNS, INTERVAL

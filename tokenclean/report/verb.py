@@ -9,9 +9,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
-from tokenclean.arrow import complete_folder
 from tokenclean.data.cleaned import read_blocks
 from tokenclean.finished import ONLY, CleanedArm, FinishedRun
+from tokenclean.publish import complete_folder
 from tokenclean.report.content import Section
 from tokenclean.report.embedded import Texts, embed
 from tokenclean.report.glance import facts
@@ -91,7 +91,7 @@ def write_report(
         raise ValueError(f"{folder} is there and holds no report of ours; move it away")
     if run.unfinished:
         _progress(f"not finished, and so left out: {', '.join(map(visible, run.unfinished))}")
-    with complete_folder(folder) as partial:
+    with complete_folder(folder, sealed=False) as partial:
         whole = run_sections(run, partial)
         texts = Texts(tokenizer)
         draws: dict[str, Draw] = {}

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST, complete_folder, write_json
+from tokenclean.publish import MANIFEST, complete_folder, read_manifest, verify, write_json
+from tokenclean.scoring.table import KIND
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,21 @@ class ScoreCache:
         self.folder = folder
 
     def has(self, manifest: dict[str, Any], rows: np.ndarray) -> bool:
-        """Whether the cache holds a table of these rows; arguments as in `take`."""
-        return (self._entry(manifest, rows) / MANIFEST).is_file()
+        """Whether the cache holds a table of these rows; arguments as in `take`.
+
+        Every byte of it is compared with what was written: a file that somebody changed under one
+        of its names is changed under all.
+        """
+        entry = self._entry(manifest, rows)
+        if not (entry / MANIFEST).is_file():
+            return False
+        try:
+            read_manifest(entry, KIND)
+            verify(entry)
+        except ValueError as error:
+            log.warning("the model is run, since its scores in the cache are no use: %s", error)
+            return False
+        return True
 
     def take(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
         """Make ``table`` from the cache.
@@ -56,15 +70,24 @@ class ScoreCache:
 
     def put(self, manifest: dict[str, Any], rows: np.ndarray, table: Path) -> None:
         """Keep a finished table under the manifest it was started with."""
-        entry = self._entry(manifest, rows)
-        if not (entry / MANIFEST).is_file():
-            _link(table, entry)
+        if not self.has(manifest, rows):
+            _link(table, self._entry(manifest, rows))
 
     def _entry(self, manifest: dict[str, Any], rows: np.ndarray) -> Path:
-        content = {k: v for k, v in manifest.items() if k not in _PLACES}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
-        return self.folder / digest.hexdigest()[:24]
+        return self.folder / content_key(manifest, rows)[:24]
+
+
+def content_key(manifest: dict[str, Any], rows: np.ndarray) -> str:
+    """Hash of what the numbers of a table come from: what lies where does not matter.
+
+    Args:
+        manifest: see `score_manifest`.
+        rows: pool rows, int64.
+    """
+    content = {k: v for k, v in manifest.items() if k not in _PLACES}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _link(source: Path, target: Path, changes: dict[str, Any] | None = None) -> None:

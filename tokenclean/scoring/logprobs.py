@@ -9,8 +9,8 @@ is, its length says; ``token_ids``, of the same length, are then compared with t
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenclean.data.formats import SUFFIXES, file_rows
+from tokenclean.data.exports import read_json
+from tokenclean.data.files import COMPRESSED, SUFFIXES, file_rows
 from tokenclean.data.pool import BAD_LINES_SHOWN, BadData, TokenPool, hash_id
 from tokenclean.data.pretokenised import BadRow, shown
 from tokenclean.data.rows import TokenRows
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 LARGEST = 1e-3
 #: How many missing ids an error names.
 _NAMED = 10
+#: Largest file of ids that is read, in bytes: tens of millions of them.
+_IDS_BYTES = 1 << 30
 
 
 def check_file(file: Path, option: str = "--logprobs") -> None:
@@ -40,7 +43,10 @@ def check_file(file: Path, option: str = "--logprobs") -> None:
         ValueError: naming the option.
     """
     if not file.is_file():
-        raise ValueError(f"{option}: {file} does not exist")
+        exists = "is no file" if file.exists() else "does not exist"
+        raise ValueError(f"{option}: {file} {exists}")
+    if file.suffix in COMPRESSED:
+        raise ValueError(f"{option}: {file} is compressed; unpack it first")
     if file.suffix not in SUFFIXES:
         raise ValueError(
             f"{option}: {file} has an unknown suffix; use one of {', '.join(SUFFIXES)}"
@@ -100,14 +106,24 @@ def read_ids(file: Path) -> list[str]:
     Raises:
         ValueError: if it is neither.
     """
-    text = file.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return sorted({line.strip() for line in text.split("\n")} - {""})
+    option = "--logprobs_trained_on"
+    if not file.is_file():
+        raise ValueError(f"{option}: {file} is no file")
+    with file.open("rb") as stream:
+        if stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            found = read_json(file, _IDS_BYTES, option)
+            if odd := [i for i in found if isinstance(i, bool) or not isinstance(i, str | int)]:
+                raise ValueError(f"{option}: {file} holds {shown(odd[0])}, which is no id")
+            return sorted({str(i) for i in found})
+        stream.seek(0)
+        raw = stream.read(_IDS_BYTES + 1)
+    if len(raw) > _IDS_BYTES:
+        raise ValueError(f"{option}: {file} has more than the {_IDS_BYTES:,} bytes it may have")
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--logprobs_trained_on: {file} is not JSON: {error}") from error
-    return sorted({str(i) for i in found})
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {file} is not UTF-8 at byte {error.start}") from None
+    return sorted({line.strip() for line in text.split("\n")} - {""})
 
 
 def read_logprobs(file: Path, rows: TokenRows, scratch: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 import transformers
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from tokenclean.data.batches import Batch, collate
+from tokenclean.data.batches import Batch, collate, plan_batches
 from tokenclean.data.datamodule import PlannedBatches, TuluDataModule
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.interrupts import deferred
 from tokenclean.loss import token_nll, token_statistics
 from tokenclean.models import (
     BaseConfig,
@@ -30,10 +31,10 @@ from tokenclean.models import (
     load_tokenizer,
     trained_ids,
 )
-from tokenclean.runs import stop_if_interrupted
 from tokenclean.scoring.attributes import AttributeSettings, TokenAttributes
 from tokenclean.scoring.cache import ScoreCache
-from tokenclean.scoring.table import Column, ScoreTable, ScoreWriter
+from tokenclean.scoring.table import Column, ScoreTable
+from tokenclean.scoring.writer import ScoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class ScoringModule(LightningModule):
     Attributes:
         noise: after a pass, what its precision and batches did to the losses: ``p50``, ``p99`` and
             ``max`` of the absolute difference, in nats, to a float32 pass over ``samples`` of the
-            samples (``tokens`` tokens), one at a time and nothing merged. Of the first process's
-            share; 4-bit weights are not widened. Empty if it could not be measured.
+            samples (``tokens`` tokens), one at a time and nothing merged; 4-bit weights are not
+            widened. On the first process; empty if it could not be measured.
 
     Args:
         base: the base model.
@@ -91,9 +92,12 @@ class ScoringModule(LightningModule):
         #: set it beforehand to score with what is already in memory
         self.network: Network | None = None
         self.noise: dict[str, float] = {}
+        #: what deals the batches and takes the losses; `score_pool` sets it
+        self.writer: ScoreWriter | None = None
+        #: tokens of a pass, once one of that many did not fit into memory
+        self.limit: int | None = None
         self._merged = ExitStack()
         self._attributes: TokenAttributes | None = None
-        self._probe: dict[int, Tensor | None] = {}
 
     def configure_model(self) -> None:
         """Load the weights, unless that was done before."""
@@ -122,41 +126,90 @@ class ScoringModule(LightningModule):
         if "mixed" not in str(self.trainer.precision) or half:
             merged = self.network.merged(torch.float16 if half else None)
             self._merged.enter_context(merged)
-        planned = self._planned()
         tokenizer = partial(load_tokenizer, self.base)
-        settings = (self.columns, self.attributes, self.network, planned.rows, tokenizer)
+        settings = (self.columns, self.attributes, self.network, self._planned.rows, tokenizer)
         self._attributes = TokenAttributes(*settings)
-        order = np.concatenate([np.zeros(0, dtype=np.int64), *planned.plan])
-        size = max(min(MAX_PROBE, len(order) // PROBE_EVERY), min(MIN_PROBE, len(order)))
-        chosen = order[np.linspace(0, len(order) - 1, size).astype(np.int64)] if size else order
-        self._probe = {int(planned.rows.rows[i]): None for i in chosen}
+
+    def predict_dataloader(self) -> PlannedBatches:
+        """This process's batches."""
+        assert self.writer is not None
+        return self.writer.deal(self.trainer)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Losses of the batch's targets: float32, (N,), or (1 + columns, N) with the columns.
 
         Raises:
             FloatingPointError: naming the first sample with a loss that is not finite.
-            SIGTERMException: if the process was told to stop; Lightning looks for that in training
-                alone.
+            ValueError: naming a sample that does not fit into the device's memory by itself.
         """
         assert self.network is not None
-        if self.trainer.received_sigterm:
-            raise SIGTERMException
-        with self.network.clock(batch.tokens):
-            nll, *others = self._statistics(batch)
-        if not bool(torch.isfinite(nll).all()):
-            for row, values in batch.split(nll):
-                if not bool(torch.isfinite(values).all()):
+        found = torch.cat([self._checked(part) for part in self._fitting(batch)], dim=1)
+        return found if self.columns else found[0]
+
+    def _fitting(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, in parts if one as large did not fit before; in the same order."""
+        if self.limit is None or batch.tokens <= self.limit:
+            yield batch
+            return
+        rows, layout = self._planned.rows, self._planned.layout
+        members = np.searchsorted(rows.rows, batch.rows)
+        # Longest first, as they are in the batch.
+        for part in plan_batches(rows.lengths[members], self.limit, layout):
+            yield self._planned.collated(members[part]).to(self.device)
+
+    def _checked(self, batch: Batch) -> Tensor:
+        """Losses and columns of a batch, (1 + columns, N), computed in parts if it must be."""
+        assert self.network is not None
+        try:
+            with self.network.clock(batch.tokens):
+                found = torch.stack(self._statistics(batch))
+        except torch.OutOfMemoryError as error:
+            self._halve(batch, error)
+        else:
+            self._check_finite(batch, found)
+            return found
+        # Not in the handler: the error holds on to all that the pass had allocated.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return torch.cat([self._checked(part) for part in self._fitting(batch)], dim=1)
+
+    def _halve(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
+        """Lower the limit to half of a batch that did not fit.
+
+        Raises:
+            ValueError: if it is one sample alone.
+        """
+        if len(batch.rows) <= 1:
+            name = self._name(batch.rows[0]) if batch.rows else "an empty batch"
+            raise ValueError(
+                f"out of memory: {name} alone, {batch.tokens} tokens, does not fit; lower "
+                "data.max_length, take smaller weights (--model.base.dtype bfloat16, "
+                "--model.base.load_in_4bit true) or a device with more memory "
+                f"({str(error).splitlines()[0] if str(error) else 'no details'})"
+            ) from error
+        first = self.limit is None
+        self.limit = batch.tokens // 2
+        if first:
+            log.warning(
+                "out of memory in a pass over %d tokens: such batches are computed in parts from "
+                "now on, which changes losses by rounding alone; --data.token_budget %d would "
+                "plan for it",
+                *(batch.tokens, self.limit),
+            )
+
+    def _check_finite(self, batch: Batch, found: Tensor) -> None:
+        # Attention is not a number where there is none to read.
+        names = ["loss", *(f"column {name}" for name in self.columns)]
+        for name, values in zip(names, found, strict=True):
+            if name.startswith("column attention") or bool(torch.isfinite(values).all()):
+                continue
+            for row, part in batch.split(values):
+                if not bool(torch.isfinite(part).all()):
                     raise FloatingPointError(
-                        f"the loss of {self._name(row)} is not finite under precision "
+                        f"the {name} of {self._name(row)} is not finite under precision "
                         f"{self.trainer.precision}; score in bf16-mixed or 32-true "
                         "(--trainer.precision), or look into that sample"
                     )
-        if not self._probe.keys().isdisjoint(batch.rows):
-            for row, values in batch.split(nll):
-                if row in self._probe:
-                    self._probe[row] = values.cpu()
-        return torch.stack([nll, *others]) if others else nll
 
     def _statistics(self, batch: Batch) -> list[Tensor]:
         """Losses and what else is asked for, float32, shape (N,) each."""
@@ -177,23 +230,32 @@ class ScoringModule(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         self._merged.close()
+        if self.writer is None or self.writer.values is None:
+            return  # another process has them
         try:
-            self.noise = self._measure_noise()
+            self.noise = self._measure_noise(self.writer.values[0])
         except (RuntimeError, TypeError) as error:
             # No reason to lose a finished pass.
             log.warning("the noise of the scores could not be measured: %s", error)
 
-    def _measure_noise(self) -> dict[str, float]:
-        """Score the probe's samples again, as exactly as float32 can."""
+    def _measure_noise(self, losses: np.ndarray) -> dict[str, float]:
+        """Score some samples again, as exactly as float32 can.
+
+        Args:
+            losses: of all targets of the rows, end to end, float32, shape (n,).
+        """
         assert self.network is not None
-        planned, gaps = self._planned(), [torch.zeros(0)]
-        places = {int(row): i for i, row in enumerate(planned.rows.rows) if int(row) in self._probe}
-        for row, values in self._probe.items():
-            if values is not None:  # another process's, or the pass was cut short
-                batch = collate([planned.rows[places[row]]], "padded").to(self.device)
-                with self.network.clock(batch.tokens), in_float32(self.device):
-                    exact: Tensor = self.network(batch)
-                gaps.append((values - exact.cpu()).abs())
+        planned, gaps = self._planned, [torch.zeros(0)]
+        order = np.concatenate([np.zeros(0, dtype=np.int64), *planned.plan])
+        size = max(min(MAX_PROBE, len(order) // PROBE_EVERY), min(MIN_PROBE, len(order)))
+        chosen = order[np.linspace(0, len(order) - 1, size).astype(np.int64)] if size else order
+        ends = np.cumsum(planned.rows.counts)
+        for place in np.unique(chosen):
+            batch = collate([planned.rows[int(place)]], "padded").to(self.device)
+            with self.network.clock(batch.tokens), in_float32(self.device):
+                exact: Tensor = self.network(batch)
+            stored = losses[ends[place] - len(exact) : ends[place]]
+            gaps.append((torch.from_numpy(np.array(stored)) - exact.cpu()).abs())
         gap = torch.cat(gaps).double()
         if not len(gap):
             return {}
@@ -205,13 +267,13 @@ class ScoringModule(LightningModule):
             "samples": len(gaps) - 1,
         }
 
+    @property
     def _planned(self) -> PlannedBatches:
-        loader: Any = self.trainer.predict_dataloaders
-        planned: PlannedBatches = loader.dataset
-        return planned
+        assert self.writer is not None
+        return self.writer.planned
 
     def _name(self, row: int) -> str:
-        table = self._planned().rows.table
+        table = self._planned.rows.table
         return f"sample {table.ids[row]!r}" if isinstance(table, TokenPool) else f"pool row {row}"
 
 
@@ -237,7 +299,7 @@ def check_precision(module: LightningModule) -> None:
 def score_pool(
     module: ScoringModule,
     trainer: Trainer,
-    source: Any,
+    data: TuluDataModule,
     rows: TokenRows,
     folder: Path,
     budget: int,
@@ -246,11 +308,13 @@ def score_pool(
 ) -> bool:
     """Write one model's score table, or take it from the cache.
 
+    What an earlier call computed of it is not computed again: see `Shards`.
+
     Args:
         module: with its network loaded.
-        trainer: a fresh one.
-        source: a data module or a loader of the rows' batches.
-        rows: the rows of a token pool to score.
+        trainer: a fresh one, whose processes see one file system.
+        data: plans the batches.
+        rows: the rows of a token pool to score, ascending.
         folder: where the table goes.
         budget: tokens per batch.
         cache: where tables that others have made, or may need, are kept.
@@ -260,30 +324,31 @@ def score_pool(
         Whether the model was run.
 
     Raises:
-        KeyboardInterrupt: if the trainer was told to stop.
+        Stopped: if the process was told to stop, after the shard that it was at.
+        NotWritten: if the disk takes no more; finished shards stay.
     """
     pool, network = rows.table, module.network
     assert isinstance(pool, TokenPool) and network is not None
     manifest = score_manifest(pool, module.base, module.adapters, network, budget, trainer)
-    loaded = source if isinstance(source, TuluDataModule) else source.dataset.rows
-    manifest["cut_after_last_target"] = loaded.cut
+    data.layout = network.layout
+    planned = data.planned(rows)
+    manifest["cut_after_last_target"] = planned.rows.cut
     if module.columns:  # a table without them is the one it has always been
         manifest["columns"] = module.columns
         if stated := module.attributes.stated(module.columns, network.hf.config):
             manifest["attributes"] = stated
     if rows.of != "response":
         manifest["targets"] = rows.of
-    if cache is not None and cache.has(manifest, rows.rows):
-        if trainer.is_global_zero:
-            cache.take(manifest, rows.rows, folder)
+    writer = ScoreWriter(planned, folder, manifest, against, cache)
+    # Several processes must agree on it, which they can once they have begun.
+    if trainer.world_size == 1 and writer.take():
         return False
+    module.writer = writer
     callbacks: Any = trainer
-    callbacks.callbacks.append(ScoreWriter(rows, folder, manifest, against))
-    trainer.predict(module, source, return_predictions=False)
-    stop_if_interrupted(trainer)
-    if cache is not None and trainer.is_global_zero:
-        cache.put(manifest, rows.rows, folder)
-    return True
+    callbacks.callbacks.append(writer)
+    with deferred():
+        trainer.predict(module, return_predictions=False)
+    return writer.ran
 
 
 def score_manifest(

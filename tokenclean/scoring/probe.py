@@ -14,11 +14,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from tokenclean.arrow import complete_folder, read_manifest, write_json
 from tokenclean.data.batches import Sample, collate, plan_batches
 from tokenclean.data.pool import TokenPool
 from tokenclean.loss import token_statistics
 from tokenclean.models import Network
+from tokenclean.publish import complete_folder, read_manifest, write_json
 from tokenclean.selection.noise import MIN_SAMPLES, PARTNERS, Contrast, Estimate, estimate
 
 KIND = "probe"

@@ -12,28 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
 
-from tokenclean.arrow import (
-    MANIFEST,
-    ROWS_PER_SHARD,
-    ArrowTable,
-    complete_folder,
-    lists_of,
-    spans,
-    write_json,
-    write_shard,
-)
-from tokenclean.data.batches import Batch
+from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, lists_of, write_shard
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
+from tokenclean.publish import MANIFEST, complete_folder, write_json
 from tokenclean.selection.rule import scores
 from tokenclean.selection.topk import Histogram, ordered_keys
 
@@ -72,13 +59,22 @@ class ScoreTable(ArrowTable):
         nll: its losses, float32, one list per row.
     """
 
+    states: ClassVar[dict[str, type]] = {"pool": str, "trained_on": list}
+
     def __init__(self, folder: Path):
         super().__init__(folder, KIND)
         rows = [batch.column("row").to_numpy() for batch in self.batches()]
         self.rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         self.nll = self.lists("nll")
         self._columns = {"nll": self.nll}
-        self._columns |= {name: self.lists(name) for name in self.manifest.get("columns", [])}
+        more = self.manifest.get("columns", [])
+        known = self.columns if self.batches() else more
+        if not isinstance(more, list) or not all(isinstance(n, str) and n in known for n in more):
+            raise ValueError(
+                f"{self.folder / MANIFEST} is damaged: the table has not the columns that it "
+                "states; delete the folder and score again"
+            )
+        self._columns |= {name: self.lists(name) for name in more}
 
     def check_pool(self, pool: TokenPool) -> None:
         """Refuse a table made from another pool.
@@ -161,98 +157,6 @@ class ScoreTable(ArrowTable):
             return Histogram(stored["counts"]) if fits else None
 
 
-class ScoreWriter(BasePredictionWriter):
-    """Collects losses as they are computed and writes the table at the end.
-
-    Batches come in order of length and, on several processes, from each its share. They go into one
-    memory-mapped file at each row's own place, so memory stays flat, and come out in pool order.
-
-    Args:
-        rows: what is being scored, in ascending order of pool rows.
-        folder: where the table goes.
-        manifest: what to say about model and pool; see `score_manifest`.
-        against: table of the base model, where this one is a reference: the histogram of the scores
-            is then stored with the table, and selection needs one pass less.
-
-    The manifest's ``columns`` are those that predictions hold besides losses, in that order.
-
-    Raises:
-        ValueError: if ``against`` lacks one of the rows.
-    """
-
-    def __init__(
-        self,
-        rows: TokenRows,
-        folder: Path,
-        manifest: dict[str, Any],
-        against: ScoreTable | None = None,
-    ):
-        super().__init__(write_interval="batch")
-        self.rows, self.folder, self.manifest = rows, folder, manifest
-        self.against = against
-        self.columns = ("nll", *manifest.get("columns", []))
-        if against is not None:
-            against.places(rows.rows)  # raises now rather than after hours of scoring
-        self._starts = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int64)
-        self._spool = folder.with_name(folder.name + ".spool")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._spool.mkdir(parents=True, exist_ok=True)
-            for name in self.columns:
-                np.memmap(self._spool / name, np.float32, "w+", shape=(self._starts[-1],))
-            np.memmap(self._spool / "seen", np.uint8, "w+", shape=(len(self.rows),))
-        trainer.strategy.barrier("score table opened")
-        self._values = {
-            name: np.memmap(self._spool / name, np.float32, "r+", shape=(self._starts[-1],))
-            for name in self.columns
-        }
-        self._seen = np.memmap(self._spool / "seen", np.uint8, "r+", shape=(len(self.rows),))
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Tensor,
-        batch_indices: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        places = np.searchsorted(self.rows.rows, batch.rows)
-        at = spans(self._starts[places], self.rows.counts[places])
-        values = prediction.to("cpu", torch.float32).numpy().reshape(len(self.columns), -1)
-        for name, row in zip(self.columns, values, strict=True):
-            self._values[name][at] = row
-        np.add.at(self._seen, places, 1)  # a row that occurs twice is counted twice
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.received_sigterm:
-            return  # an unfinished pass, which Lightning ends as if it were finished
-        for values in self._values.values():
-            values.flush()
-        self._seen.flush()
-        trainer.strategy.barrier("score table filled")
-        if trainer.is_global_zero:
-            missing = int((self._seen != 1).sum())
-            if missing:
-                raise RuntimeError(
-                    f"{self.folder}: {missing} of {len(self.rows)} samples were not scored exactly "
-                    "once"
-                )
-            noise = getattr(pl_module, "noise", {})
-            self._finish({"noise": noise} if noise else {})
-        trainer.strategy.barrier("score table written")
-
-    def _finish(self, measured: dict[str, Any]) -> None:
-        manifest = {**self.manifest, **measured}
-        write_scores(self.folder, self.rows, self._values, manifest, self.against)
-        del self._values, self._seen
-        for name in (*self.columns, "seen"):
-            (self._spool / name).unlink()
-        self._spool.rmdir()
-
-
 def write_scores(
     folder: Path,
     rows: TokenRows,
@@ -268,7 +172,8 @@ def write_scores(
         columns: ``nll`` first, then what ``manifest["columns"]`` lists: the values of all targets
             of the rows, end to end, float32, shape (n,) each.
         manifest: what to say about model and pool; see `score_manifest`.
-        against: see `ScoreWriter`.
+        against: the base's table, where this one is a reference: the histogram of the scores is
+            then stored with the table.
     """
     table = rows.table
     assert isinstance(table, TokenPool)

@@ -90,10 +90,20 @@ class Rule:
     reasons: ClassVar[dict[int, str]] = {}
 
     def fit(self, blocks: Blocks) -> None:
-        """Look at the whole pool once, before anything else: thresholds and the like."""
+        """Look at the whole pool once, before anything else: thresholds and the like.
+
+        Of several processes that select together, each looks at the whole pool: sums of floats
+        would depend on how it is cut.
+        """
 
     def restart(self, seed: int, whole_samples: bool) -> None:
         """A pass over the pool begins; the same numbers must come out every time."""
+
+    def skip(self, rows: int, tokens: int) -> None:
+        """So many rows and tokens come first, in other processes; called after `restart`.
+
+        A rule that draws in pool order leaves out the draws of theirs.
+        """
 
     def priority(self, block: TokenBlock) -> np.ndarray | None:
         """What each token is ranked by, higher is kept first: float64, shape (n,).

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from tokenclean.named import Value
+from tokenclean.selection.exchange import Exchange
 from tokenclean.selection.rule import KEPT, TABLES, Blocks, Rule, TokenBlock, make_rule
 from tokenclean.selection.topk import (
     FIRST,
@@ -126,8 +127,9 @@ class Selected:
     """The mask, and what a reader wants to know about it.
 
     Attributes:
-        keep: bool, one entry per response token in pool order.
-        ranked: response tokens that were ranked (all, less those of excluded rows).
+        keep: bool, one entry per response token in pool order; of this process's part.
+        ranked: response tokens that were ranked (all, less those of excluded rows); like what
+            follows, of all processes.
         kept: number of kept tokens.
         cut: smallest score kept by rank, at global scope of a rule that ranks by score; else None.
         near_cut: share of the ranked tokens whose score is within the noise of the cut: those that
@@ -144,6 +146,22 @@ class Selected:
     rule: Rule = field(default_factory=lambda: make_rule("full"))
 
 
+@dataclass
+class _Part:
+    """What this process ranks, and how; `before` are the rows and tokens of earlier processes."""
+
+    blocks: Blocks
+    rule: Rule
+    config: SelectionConfig
+    seed: int
+    exchange: Exchange
+    before: tuple[int, int] = (0, 0)
+
+    def restart(self, whole_samples: bool) -> None:
+        self.rule.restart(self.seed, whole_samples)
+        self.rule.skip(*self.before)
+
+
 Masks = Iterator[tuple[TokenBlock, np.ndarray]]
 
 
@@ -155,46 +173,93 @@ def select(
     histogram: Histogram | None = None,
     noise: float | None = None,
     out: np.ndarray | None = None,
+    exchange: Exchange | None = None,
+    pool: Blocks | None = None,
 ) -> Selected:
     """Apply a rule to a pool.
 
+    Several processes select together if each passes its part of the blocks and an exchange with
+    the others: the mask is the one that a single process makes.
+
     Args:
-        blocks: called once per pass over the pool; the same blocks every time.
+        blocks: called once per pass over the pool, or this process's part; the same blocks every
+            time.
         config: rule, scope and keep share.
         seed: of rules that draw at random.
         histogram: of the keys of all scores, where it is known and ``config.ranks_plainly``: saves
             a pass, and changes nothing else.
         noise: what a score may be off by, in nats, for ``near_cut``.
-        out: where the mask goes, bool, one entry per response token; by default a new array.
+        out: where the mask goes, bool, one entry per response token of ``blocks``; by default a new
+            array.
+        exchange: with the other processes.
+        pool: the blocks of all processes in order, for rules that are fitted to the whole pool.
 
     Raises:
-        ValueError: if the rule needs columns that the blocks lack, a priority is NaN, or the
-            histogram is not that of the scores.
+        ValueError: if the rule needs columns that the blocks lack, a priority is NaN, the
+            histogram is not that of the scores, the rule cannot be split over processes, or another
+            process has met an error.
     """
+    exchange = exchange or Exchange()
+    with exchange.together():
+        rule = config.make()
+        _fit(rule, config.rule, blocks, pool, exchange)
+        part = _Part(blocks, rule, config, seed, exchange, _before(rule, config, blocks, exchange))
+        return _select(part, histogram if config.ranks_plainly else None, noise, out)
+
+
+def _fit(rule: Rule, name: str, blocks: Blocks, pool: Blocks | None, exchange: Exchange) -> None:
+    if pool is None and exchange.processes > 1 and type(rule).fit is not Rule.fit:
+        raise ValueError(
+            f"selection.rule: {name} is fitted to the whole pool, and this process has a part of "
+            "it; give `select` the pool, or use one process"
+        )
+    rule.fit(blocks if pool is None else pool)
+
+
+def _before(
+    rule: Rule, config: SelectionConfig, blocks: Blocks, exchange: Exchange
+) -> tuple[int, int]:
+    """Rows and tokens of earlier processes, where the rule asks for them."""
+    if exchange.processes == 1:
+        return 0, 0
+    if type(rule).skip is Rule.skip:
+        if type(rule).restart is not Rule.restart:
+            raise ValueError(
+                f"selection.rule: {config.rule} begins every pass anew, but has no method `skip` "
+                "that leaves out what other processes rank; give it one, or use one process"
+            )
+        return 0, 0
+    rows = tokens = 0
+    for block in blocks():
+        rows, tokens = rows + len(block.rows), tokens + block.size
+    return exchange.before(rows), exchange.before(tokens)
+
+
+def _select(
+    part: _Part, histogram: Histogram | None, noise: float | None, out: np.ndarray | None
+) -> Selected:
+    rule, config, exchange = part.rule, part.config, part.exchange
     cut: float | None = None
-    rule = config.make()
-    if not config.ranks_plainly:
-        histogram = None
-    rule.fit(blocks)
     if not rule.ranked:
-        masks = _decided(blocks, rule, config)
+        masks = _decided(part)
     elif config.scope == "sample":
-        masks = _sample_masks(blocks, rule, config, seed)
+        masks = _sample_masks(part)
     elif config.scope == "whole_sample":
-        masks = _whole_sample_masks(blocks, rule, config, seed)
+        masks = _whole_sample_masks(part)
     else:
         if histogram is None:
-            histogram = Histogram()
-            for _, _, keys in _ranked(blocks, rule, config, seed):
-                histogram.add(keys)
+            own = Histogram()
+            for _, _, keys in _ranked(part):
+                own.add(keys)
+            histogram = own.summed(exchange)
         # End-of-sequence targets that go first may be more than the share.
         budget = max(int(histogram.total() * config.share), histogram.firsts())
-        key, above = kth_largest(
-            lambda: (keys for _, _, keys in _ranked(blocks, rule, config, seed)), budget, histogram
+        key, above, earlier = kth_largest(
+            lambda: (keys for _, _, keys in _ranked(part)), budget, histogram, exchange
         )
         if rule.by_score and key != FIRST:
             cut = score_of(key)
-        masks = _global_masks(blocks, rule, config, seed, key, budget - above)
+        masks = _global_masks(part, key, budget - above - earlier)
 
     parts: list[np.ndarray] = []
     size = ranked = kept = near = 0
@@ -208,6 +273,7 @@ def select(
         ranked += int(block.counts[_rankable(block, config)].sum())
         if cut is not None and noise is not None:
             near += _near(block, rule, config, cut, noise)
+    ranked, kept, near = exchange.sum(np.array([ranked, kept, near], dtype=np.int64)).tolist()
     if histogram is not None and histogram.total() != ranked:
         raise ValueError("the histogram is not that of these scores; make it again")
     return Selected(
@@ -252,41 +318,39 @@ def _near(block: TokenBlock, rule: Rule, config: SelectionConfig, cut: float, no
     return int(np.count_nonzero(near))
 
 
-def _decided(blocks: Blocks, rule: Rule, config: SelectionConfig) -> Masks:
-    for block in blocks():
-        mask = rule.decide(block) == KEPT
-        if config.always_keep_eos:
+def _decided(part: _Part) -> Masks:
+    for block in part.blocks():
+        mask = part.rule.decide(block) == KEPT
+        if part.config.always_keep_eos:
             mask |= _is_eos(block)
-        yield block, mask & np.repeat(_rankable(block, config), block.counts)
+        yield block, mask & np.repeat(_rankable(block, part.config), block.counts)
 
 
-def _ranked(
-    blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int
-) -> Iterator[tuple[TokenBlock, np.ndarray | slice, np.ndarray]]:
+def _ranked(part: _Part) -> Iterator[tuple[TokenBlock, np.ndarray | slice, np.ndarray]]:
     """Each block, where in it the tokens to be ranked are, and their keys."""
-    rule.restart(seed, whole_samples=False)
-    for block in blocks():
-        keys = ordered_keys(_priority(rule, block))
+    config = part.config
+    part.restart(whole_samples=False)
+    for block in part.blocks():
+        keys = ordered_keys(_priority(part.rule, block))
         if config.always_keep_eos:
             keys[_is_eos(block)] = FIRST
         if config.exclude_seen:
-            part = np.repeat(_rankable(block, config), block.counts)
-            yield block, part, keys[part]
+            where = np.repeat(_rankable(block, config), block.counts)
+            yield block, where, keys[where]
         else:
             yield block, slice(None), keys
 
 
-def _global_masks(
-    blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int, cut: int, ties: int
-) -> Masks:
-    for block, part, keys in _ranked(blocks, rule, config, seed):
+def _global_masks(part: _Part, cut: int, ties: int) -> Masks:
+    for block, where, keys in _ranked(part):
         mask = np.zeros(block.size, dtype=bool)
-        mask[part], ties = top_mask(keys, cut, ties)
+        mask[where], ties = top_mask(keys, cut, ties)
         yield block, mask
 
 
-def _sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int) -> Masks:
-    for block, part, keys in _ranked(blocks, rule, config, seed):
+def _sample_masks(part: _Part) -> Masks:
+    config = part.config
+    for block, where, keys in _ranked(part):
         counts = block.counts[_rankable(block, config)]
         stops = np.cumsum(counts)
         starts = stops - counts
@@ -304,39 +368,44 @@ def _sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int
         earlier = np.concatenate([[0], np.cumsum(equal)])
         top = above | (equal & (earlier[:-1] - earlier[starts[row]] < ties[row]))
         mask = np.zeros(block.size, dtype=bool)
-        mask[part] = top
+        mask[where] = top
         yield block, mask
 
 
-def _whole_sample_masks(blocks: Blocks, rule: Rule, config: SelectionConfig, seed: int) -> Masks:
-    """Best samples first, as long as their tokens fit the budget; some bytes per row in memory."""
-    means, sizes = [], []
-    for block, values in _values(blocks, rule, seed):
+def _whole_sample_masks(part: _Part) -> Masks:
+    """Best samples first, as long as their tokens fit the budget.
+
+    Every process orders the samples of all: some 60 bytes per row in memory.
+    """
+    config, exchange = part.config, part.exchange
+    means, sizes = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    for block, values in _values(part):
         rankable = _rankable(block, config) & (block.counts > 0)
         sums = np.add.reduceat(np.append(values, 0.0), np.cumsum(block.counts) - block.counts)
         means.append(np.where(rankable, sums / np.maximum(block.counts, 1), -np.inf))
         sizes.append(np.where(rankable, block.counts, 0))
-    mean, size = np.concatenate([[], *means]), np.concatenate([np.zeros(0, np.int64), *sizes])
+    start = exchange.before(sum(map(len, means)))
+    mean = exchange.gather(np.concatenate(means))
+    size = exchange.gather(np.concatenate(sizes))
     order = np.argsort(-mean, kind="stable")  # of equals, the earlier row
     fits = np.cumsum(size[order]) <= int(size.sum() * config.share)
     chosen = np.zeros(len(size), dtype=bool)
     chosen[order[fits]] = True
     chosen &= size > 0
-    start = 0
-    for block in blocks():
+    for block in part.blocks():
         rows = chosen[start : (start := start + len(block.rows))]
         yield block, np.repeat(rows, block.counts)
 
 
-def _values(blocks: Blocks, rule: Rule, seed: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
+def _values(part: _Part) -> Iterator[tuple[TokenBlock, np.ndarray]]:
     """Each block with what its tokens are worth, float64, shape (n,).
 
     Raises:
         ValueError: if a value is NaN.
     """
-    rule.restart(seed, whole_samples=True)
-    for block in blocks():
-        values = _priority(rule, block)
+    part.restart(whole_samples=True)
+    for block in part.blocks():
+        values = _priority(part.rule, block)
         if np.isnan(values).any():
             raise ValueError("scores contain NaN: the pass that produced them must be repeated")
         yield block, values

@@ -9,8 +9,11 @@ and processes, so the result does not depend on how the scores are cut into any 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
+
+from tokenclean.selection.exchange import Exchange
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
@@ -68,6 +71,14 @@ class Histogram:
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(self.counts + other.counts)
 
+    def summed(self, exchange: Exchange) -> Histogram:
+        """Of the keys of all processes."""
+        return Histogram(exchange.sum(self.counts))
+
+    def size_of(self, digit: int) -> int:
+        """Keys in one bin."""
+        return int(self.counts[digit])
+
     def total(self) -> int:
         return int(self.counts.sum())
 
@@ -83,39 +94,65 @@ class Histogram:
         return _DIGITS - 1 - place, int(from_top[place]) - size, size
 
 
-def kth_largest(blocks: Blocks, k: int, histogram: Histogram | None = None) -> tuple[int, int]:
-    """The k-th largest key and the number of keys above it; `FIRST` and 0 for k = 0.
+class Cut(NamedTuple):
+    """Where the k largest keys end.
+
+    Attributes:
+        key: the k-th largest key.
+        above: number of keys above it.
+        earlier: number of keys equal to it in the processes before this one.
+    """
+
+    key: int
+    above: int
+    earlier: int
+
+
+def kth_largest(
+    blocks: Blocks,
+    k: int,
+    histogram: Histogram | None = None,
+    exchange: Exchange | None = None,
+) -> Cut:
+    """The k-th largest key of all processes; `FIRST`, with none above it, for k = 0.
 
     Args:
-        blocks: called once per pass; yields uint64 arrays of keys.
+        blocks: called once per pass; yields uint64 arrays of keys, of this process's part.
         k: rank, counted from 1, at most the number of keys.
-        histogram: of all keys, where it is known: saves the first pass.
+        histogram: of all keys of all processes, where it is known: saves the first pass.
+        exchange: with the processes that hold the other keys.
 
     Raises:
         ValueError: if the histogram is not that of the keys.
     """
     if k <= 0:
-        return FIRST, 0
+        return Cut(FIRST, 0, 0)
+    exchange = exchange or Exchange()
     if histogram is None:
-        histogram = Histogram()
+        own = Histogram()
         for keys in blocks():
-            histogram.add(keys)
+            own.add(keys)
+        histogram = own.summed(exchange)
     prefix, above, size = histogram.find(k)
+    equal = 0
     for shift in range(_TOP_SHIFT, 0, -_DIGIT_BITS):
         members = (keys[(keys >> np.uint64(shift)) == np.uint64(prefix)] for keys in blocks())
         if size <= _FEW:
-            few = np.concatenate([np.zeros(0, dtype=np.uint64), *members])
+            ours = np.concatenate([np.zeros(0, dtype=np.uint64), *members])
+            few = np.sort(exchange.gather(ours))
             _check(len(few) == size)
-            few.sort()
             key = few[size - (k - above)]
-            return int(key), above + size - int(np.searchsorted(few, key, side="right"))
-        histogram = Histogram()
+            equal = int(np.count_nonzero(ours == key))
+            above += size - int(np.searchsorted(few, key, side="right"))
+            return Cut(int(key), above, exchange.before(equal))
+        own = Histogram()
         for keys in members:
-            histogram.add(keys, shift - _DIGIT_BITS)
+            own.add(keys, shift - _DIGIT_BITS)
+        histogram = own.summed(exchange)
         _check(histogram.total() == size)
         digit, higher, size = histogram.find(k - above)
-        prefix, above = (prefix << _DIGIT_BITS) | digit, above + higher
-    return prefix, above
+        prefix, above, equal = (prefix << _DIGIT_BITS) | digit, above + higher, own.size_of(digit)
+    return Cut(prefix, above, exchange.before(equal))
 
 
 def _check(fits: bool) -> None:
@@ -130,12 +167,12 @@ def top_mask(keys: np.ndarray, cut: int, ties: int) -> tuple[np.ndarray, int]:
         keys: uint64, shape (n,).
         cut: the k-th largest key of all blocks.
         ties: how many keys equal to it are still wanted: k less the number above it, less what
-            earlier blocks took.
+            earlier blocks took; none if that is negative.
 
     Returns:
         bool mask, shape (n,), and the ties that are left for later blocks.
     """
     keep = keys > np.uint64(cut)
-    equal = np.flatnonzero(keys == np.uint64(cut))[:ties]
+    equal = np.flatnonzero(keys == np.uint64(cut))[: max(ties, 0)]
     keep[equal] = True
     return keep, ties - len(equal)

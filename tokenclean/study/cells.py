@@ -18,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tokenclean.cleaning.results import ANSWERS, RESULT, RESULTS, ArmResult
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, Answers
 from tokenclean.runs import CONFIG
+from tokenclean.trust import read_yaml
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _read(path: Path) -> Any:
 def _read_once(path: Path, changed: int) -> Any:
     # Every table asks for the same few files, and YAML is slow to read.
     text = path.read_text("utf-8")
-    return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    return json.loads(text) if path.suffix == ".json" else read_yaml(path)
 
 
 def result_of(folder: Path) -> ArmResult | None:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from tokenclean.named import Plain
+from tokenclean.trust import safe_name
+
+#: Options that are the command line's own, or the study's.
+_NOT_OF_RUNS = {
+    *("trust_import", "config", "c", "name", "outputs"),
+    *("estimate", "print_config", "help"),
+}
 
 
 @dataclass
@@ -18,9 +28,9 @@ class Reference:
         configs: configuration files of `fit`; null takes those of the study's that `fit` reads.
     """
 
-    planted: dict[str, Any] = field(default_factory=dict)
+    planted: dict[str, Plain] = field(default_factory=dict)
     shuffled: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Plain] = field(default_factory=dict)
     configs: list[str] | None = None
 
 
@@ -37,8 +47,8 @@ class Variant:
         reference: another reference model for its fixed-model arms.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
-    planted: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Plain] = field(default_factory=dict)
+    planted: dict[str, Plain] = field(default_factory=dict)
     value: float | None = None
     warmup_of: str | None = None
     reference: Reference | None = None
@@ -57,8 +67,8 @@ class Quick:
     """
 
     seeds: list[int] = field(default_factory=lambda: [0])
-    planted: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    planted: dict[str, Plain] = field(default_factory=dict)
+    options: dict[str, Plain] = field(default_factory=dict)
     variants: list[str] | None = None
     token_budget: float | None = None
 
@@ -86,8 +96,8 @@ class StudyConfig:
     configs: list[str] = field(default_factory=list)
     reports: list[str] = field(default_factory=lambda: ["accuracy", "mask"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    options: dict[str, Any] = field(default_factory=dict)
-    planted: dict[str, Any] | None = None
+    options: dict[str, Plain] = field(default_factory=dict)
+    planted: dict[str, Plain] | None = None
     variants: dict[str, Variant] = field(default_factory=dict)
     of: str | None = None
     against: str = "full"
@@ -102,8 +112,15 @@ class StudyConfig:
             raise ValueError(f"study.seeds: {self.seeds} holds no seed, or one twice")
         if not self.variants:
             self.variants = {"main": Variant()}
+        _check_options(self.options, "study.options")
+        _check_options(self.quick.options, "study.quick.options")
         done: list[str] = []
         for name, variant in self.variants.items():
+            safe_name(name, "study.variants")
+            _check_options(variant.options, f"study.variants.{name}.options")
+            if variant.reference is not None:
+                place = f"study.variants.{name}.reference.options"
+                _check_options(variant.reference.options, place)
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
                 raise ValueError(f"study.variants: {name!r} cannot be a folder name")
             if variant.warmup_of is not None and variant.warmup_of not in done:
@@ -123,6 +140,17 @@ class StudyConfig:
                         "more than how tokens are selected; leave warmup_of out"
                     )
             done.append(name)
+
+
+def _check_options(options: dict[str, Plain], place: str) -> None:
+    """Refuse what would be another word of a run's command line than an option of its own.
+
+    Raises:
+        ValueError: naming the option, if it says where a run is, what it reads or whom it trusts.
+    """
+    for name in options:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*\+?", name) or name in _NOT_OF_RUNS:
+            raise ValueError(f"{place}: {name!r} is no option that a study can give to its runs")
 
 
 def _of_warmup(variant: Variant) -> dict[str, Any]:

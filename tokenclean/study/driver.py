@@ -24,12 +24,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
-
-from tokenclean.arrow import write_json
 from tokenclean.data.planted import PlantedSettings, Row, pool_rows, write_jsonl, write_planted
+from tokenclean.publish import write_json
 from tokenclean.runs import SUMMARY
 from tokenclean.study.config import Reference, StudyConfig, Variant
+from tokenclean.trust import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -259,4 +258,4 @@ def _read_yaml(file: str) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"study.configs: {file} does not exist")
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return read_yaml(path) or {}

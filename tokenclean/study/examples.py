@@ -12,14 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.pieces import token_texts
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
 from tokenclean.models import BaseConfig
 from tokenclean.models.loading import load_tokenizer
+from tokenclean.publish import MANIFEST
 from tokenclean.study.cells import Cell, Table, arms_of, by_variant, file_name
 from tokenclean.study.rounds import cleaned_pool
+from tokenclean.trust import check_remote_code
 
 #: Samples shown per source.
 PER_SOURCE: Final = 2
@@ -182,6 +183,7 @@ def tokenizer_of(cell: Cell) -> Any:
             f"{cell.folder}: its config.yaml does not name model.base, so its tokens cannot be "
             "decoded; leave reports that read them (`examples`, `rules`) out"
         )
+    check_remote_code(base.get("trust_remote_code"), f"{cell.folder}: trust_remote_code")
     known = ("name", "tokenizer", "revision", "trust_remote_code")
     return load_tokenizer(BaseConfig(**{key: base[key] for key in known if key in base}))
 

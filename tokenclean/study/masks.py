@@ -9,11 +9,11 @@ from typing import Final
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.kinds import KIND_ROWS, pool_kinds
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL
+from tokenclean.publish import MANIFEST
 from tokenclean.report.rounds import agreement
 from tokenclean.selection.xtf import NOVELTY, REASONING, REASONS, RELEVANCE
 from tokenclean.study.cells import Cell, arms_of

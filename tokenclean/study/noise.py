@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenclean.arrow import MANIFEST, read_manifest
 from tokenclean.data.cleaned import KIND as CLEANED
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL
+from tokenclean.publish import MANIFEST, read_manifest
 from tokenclean.study.cells import Cell, Table, by_variant, seeds_note, spread
 
 #: A truth that close to an end counts as inside: tables show two digits.

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.cleaning.results import ArmResult
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, Accuracy, MaskQuality, mask_quality
+from tokenclean.publish import MANIFEST
 from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import (
     Cell,

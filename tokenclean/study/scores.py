@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from tokenclean.arrow import MANIFEST
 from tokenclean.data.cleaned import CleanedPool, is_kept
 from tokenclean.data.planted import CORRUPTED, UNINFORMATIVE
+from tokenclean.publish import MANIFEST
 from tokenclean.report.figures import Cloud, draw_clouds, write_numbers
 from tokenclean.study.cells import Cell, Table, arms_of, by_variant, file_name
 from tokenclean.study.rounds import cleaned_pool, round_folders

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ANSWERS, ArmResult
 from tokenclean.data.planted import REGIMES
 from tokenclean.evaluation.planted import ALL, MaskQuality
+from tokenclean.publish import write_json
 from tokenclean.report.figures import Line, draw_lines
 from tokenclean.study.cells import (
     Cell,

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
 from tokenclean import commands
-from tokenclean.arrow import write_json
 from tokenclean.cleaning.results import ArmResult, results_markdown
 from tokenclean.costs import COSTS, SHARED, Cost, quantity, seconds_text
-from tokenclean.runs import SUMMARY, check_run, log_to, open_run, run_folder, write_summary
-from tokenclean.study.config import StudyConfig
+from tokenclean.parsing import Parser, allow
+from tokenclean.publish import write_json, write_text
+from tokenclean.runs import SUMMARY, check_run, open_run, run_folder, write_summary
+from tokenclean.study.config import Quick, Reference, StudyConfig, Variant
 from tokenclean.study.driver import (
     STUDY,
     Planned,
@@ -26,15 +27,18 @@ from tokenclean.study.driver import (
     write_data,
 )
 from tokenclean.study.tables import REPORTS, Cell, report
+from tokenclean.trust import safe_name, words
 
 log = logging.getLogger(__name__)
+
+allow(StudyConfig, Variant, Reference, Quick)
 
 RESULTS = "results.md"
 
 
 def study(argv: list[str]) -> None:
     """Arms x seeds x settings: many runs of `clean`, one table."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="tokenclean study",
         description="Arms x seeds x settings: many runs of `clean`, their tables and figures.",
         usage="%(prog)s -c configs/study/NAME.yaml [--option value ...]",
@@ -54,6 +58,9 @@ def study(argv: list[str]) -> None:
     settings = quick_study(asked) if config.quick else asked
     _check_reports(settings.reports)
     files = [Path(str(file)).stem for file in config.get("config") or []]
+    for part, option in ((config.name, "--name"), ("-".join(files) or None, "--config")):
+        if part is not None:
+            safe_name(part, option)
     name = config.name or "-".join(files) + ("_quick" if config.quick else "") or None
     folder = run_folder(config.outputs, name, "study", plain)
     if settings.of is not None:
@@ -70,11 +77,10 @@ def study(argv: list[str]) -> None:
         return
     check_run(folder, plain)
     cells = plan_study(settings, folder)
-    write_data(settings, folder)
-    if not all(cell.finished for cell in cells):
-        print(_estimate(cells, settings), flush=True)
-    open_run(folder, plain)
-    with log_to(folder):
+    with open_run(folder, plain):
+        write_data(settings, folder)
+        if not all(cell.finished for cell in cells):
+            print(_estimate(cells, settings), flush=True)
         _store(settings, cells, folder, {})
         failed = run_study(cells, commands.fit, commands.clean)
         _store(settings, cells, folder, failed)
@@ -102,7 +108,7 @@ def study(argv: list[str]) -> None:
 
 def results(argv: list[str]) -> None:
     """Print the tables of finished runs and studies again."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="tokenclean results",
         description="Print the tables of finished runs of `clean` and `evaluate` and of studies.",
     )
@@ -147,14 +153,13 @@ def _read_other(settings: StudyConfig, folder: Path, plain: dict[str, Any]) -> N
     if not (other / STUDY).is_file():
         raise ValueError(f"study.of: {other} holds no study; run that one first")
     stored = json.loads((other / STUDY).read_text(encoding="utf-8"))
-    open_run(folder, plain)
     cells = _cells_of(other, stored)
     stored["cells"] = [
         {**cell, "folder": str((other / cell["folder"]).resolve())} for cell in stored["cells"]
     ]
     stored |= {"against": settings.against, "reports": settings.reports, "of": settings.of}
-    write_json(folder / STUDY, stored)
-    with log_to(folder):
+    with open_run(folder, plain):
+        write_json(folder / STUDY, stored)
         print(_write_results(folder, cells, settings.reports, settings.against))
     write_summary(folder, {"runs": len(cells), "of": settings.of, "results": str(folder / RESULTS)})
 
@@ -169,8 +174,10 @@ def _store(
             "seed": cell.seed,
             "value": cell.value,
             "folder": str(cell.folder.relative_to(folder)),
-            "command": ["tokenclean", "clean", *cell.command],
-            "reference": None if cell.fit is None else ["tokenclean", "fit", *cell.fit[0]],
+            "command": ["tokenclean", "clean", *words(), *cell.command],
+            "reference": None
+            if cell.fit is None
+            else ["tokenclean", "fit", *words(), *cell.fit[0]],
             "failed": failed.get(str(cell.folder)),
         }
         for cell in cells
@@ -194,7 +201,7 @@ def _write_results(folder: Path, cells: list[Cell], reports: list[str], against:
         return "no run is finished"
     folder.mkdir(exist_ok=True)
     text = report(reports, cells, against, folder)
-    (folder / RESULTS).write_text(text, encoding="utf-8")
+    write_text(folder / RESULTS, text)
     return text
 
 

@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics.aggregation import MeanMetric
@@ -22,10 +23,26 @@ from tokenclean.data.batches import Batch
 from tokenclean.data.datamodule import GlobalBatch
 from tokenclean.estimate import ModelShape, needs_checkpointing
 from tokenclean.models import BaseConfig, LoraSettings, Network, adapter_folders
+from tokenclean.models.sharding import (
+    average_whole,
+    clip_gradient,
+    is_filler,
+    local,
+    no_samples,
+    same_number,
+    shard,
+    whole_and_sharded,
+)
 from tokenclean.named import Value
 from tokenclean.scoring.module import check_precision, use_layout
 from tokenclean.training.online import weigh_globally, weighted_pass
-from tokenclean.training.weights import make_weighting
+from tokenclean.training.trouble import (
+    first_line,
+    not_finite,
+    samples_without_gradient,
+    smaller_budget,
+)
+from tokenclean.training.weights import Tokens, Weighting, make_weighting
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +159,17 @@ class CleanedSFTModule(LightningModule):
         self.response_seen = 0
         #: scalars of the latest step
         self.last_step: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self.validation_nll = MeanMetric()
         self._seed = 0
-        self._loader_state: dict[str, int] | None = None
+        #: of a checkpoint that training goes on from
+        self._resumed: dict[str, Any] | None = None
+        #: of the step in progress, micro-batches with their losses so far
+        self._computed: list[tuple[Batch, Tensor]] = []
+        #: whether the step in progress can still be begun again without other processes
+        self._repeatable = True
+        #: the micro-batch being computed
+        self._now: Batch | None = None
 
     def use_weighting(self, name: str | None, options: dict[str, Value] | None = None) -> None:
         """Set ``weighting`` and ``weighting_options``, before training.
@@ -184,13 +209,28 @@ class CleanedSFTModule(LightningModule):
                 "norm; train in bf16-mixed or 32-true"
             )
         if self.network is not None:
+            if self._shards:
+                raise ValueError(
+                    "trainer.strategy: `clean` keeps its network in memory from round to round, "
+                    "which sharded weights do not go with; use ddp, or run the stages by hand"
+                )
             return
         device = self.trainer.strategy.root_device
-        self.network = Network.load(self.base, device, full=self.lora is None)
+        base = self.base
+        if self._shards:  # what is merged into a weight could not be taken out of its parts again
+            base = replace(base, speed=replace(base.speed, merge=False))
+        self.network = Network.load(base, device, full=self.lora is None)
         for folder in self.adapters:
             self.network.load_adapter(folder)
         use_layout(self, self.network)
         self.start_round()
+        if self._shards:
+            shard(self.network.hf, device)
+
+    @property
+    def _shards(self) -> bool:
+        """Whether the network's layers are split over the processes (FSDP2)."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def start_round(self) -> None:
         """Fresh trainable weights: a new LoRA, or all weights where ``lora`` is null."""
@@ -218,10 +258,9 @@ class CleanedSFTModule(LightningModule):
         assert self.network is not None
         if self.gradient_checkpointing != "auto":
             return self.gradient_checkpointing
-        loader: Any = self.trainer.train_dataloader
-        budget: int = loader.dataset.budget
+        budget: int = self._steps.budget
         if self.weighs_globally:
-            budget = max(budget, loader.dataset.tokens_per_step())
+            budget = max(budget, self._steps.tokens_per_step())
         mixed = "mixed" in str(self.trainer.precision)
         needed = needs_checkpointing(
             ModelShape.of_config(self.network.hf.config, self.base.trust_remote_code),
@@ -238,8 +277,10 @@ class CleanedSFTModule(LightningModule):
         return needed
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(trained)
+        whole, sharded = whole_and_sharded(self._trained())
+        # One kernel cannot update tensors of both kinds.
+        groups = [{"params": group} for group in (whole, sharded) if group]
+        optimizer = self.make_optimizer(groups if len(groups) > 1 else groups[0]["params"])
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
@@ -256,6 +297,9 @@ class CleanedSFTModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.parameters() if p.requires_grad]
+
     # -- training -----------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -270,10 +314,11 @@ class CleanedSFTModule(LightningModule):
             self.network.hf.gradient_checkpointing_disable()
         # Counting the steps for the schedule makes Lightning set the loader up before it has read
         # the checkpoint's loops, after which it would never hand the loader its place in the epoch.
-        if self._loader_state is not None:
+        if self._resumed is not None:
             loader: Any = self.trainer.train_dataloader
-            loader.load_state_dict(self._loader_state)
-            self._loader_state = None
+            loader.load_state_dict(self._resumed["loader"])
+            self._seed = self._resumed["seed"]
+            self._resumed = None
         self._look_at_weights()
 
     def _look_at_weights(self) -> None:
@@ -284,14 +329,13 @@ class CleanedSFTModule(LightningModule):
         """
         if self.weighting is None:
             return
-        loader: Any = self.trainer.train_dataloader
-        if loader.dataset.rows.negative.any():
+        if self._steps.rows.negative.any():
             raise ValueError(
                 "model.weighting: this cleaned pool has negative weights (rule forgetting), which "
                 "online weights do not go with; leave it out"
             )
         if self.weighs_globally:
-            tokens, budget = loader.dataset.tokens_per_step(), loader.dataset.budget
+            tokens, budget = self._steps.tokens_per_step(), self._steps.budget
             if tokens > budget:
                 log.info(
                     "%s weighs tokens over the global batch: activations of about %d tokens are in "
@@ -305,30 +349,25 @@ class CleanedSFTModule(LightningModule):
         """One optimiser step over one global batch.
 
         Raises:
-            FloatingPointError: if the gradient is not finite.
+            FloatingPointError: if loss or gradient are not finite; the sample is named.
+            ValueError: if memory does not even suffice for a sample at a time.
         """
         assert self.network is not None
         tokens = sum(micro.tokens for micro in batch.micro)
         before = self.network.seconds
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        place = [self._seed, self.current_epoch, batch_idx, self.global_rank]
-        self._draw_from(int(np.random.SeedSequence(place).generate_state(1)[0]))
         with self.network.clock(tokens):
-            optimizer.zero_grad()
-            found = self._accumulate(batch)
+            found = self._gradient(batch, optimizer)
             norm = self._gradient_norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.global_step}: lower the learning rate "
-                "or set model.gradient_clip"
-            )
+        if not math.isfinite(norm) or not math.isfinite(found["train/loss"]):
+            raise FloatingPointError(self._not_finite(batch))
         # A batch whose every token was dropped teaches nothing: the schedule goes on, the
         # optimiser's momentum does not move the weights.
         rate = scheduler.get_last_lr()[0]
         if batch.kept and found.get("train/weight_mean", 1.0):
             with self.network.clock():
-                optimizer.step()
+                self._step(optimizer)
         scheduler.step()
         self.kept_seen += batch.kept
         self.response_seen += batch.responses
@@ -349,6 +388,74 @@ class CleanedSFTModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(self.last_step, step=number)
 
+    def _step(self, optimizer: Any) -> None:
+        try:
+            optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory in the optimizer's step ({first_line(error)}): its state does not "
+                "fit beside the weights; train fewer of them (model.lora.r)"
+            ) from None
+
+    def _gradient(self, batch: GlobalBatch, optimizer: Any) -> dict[str, float]:
+        """`_accumulate`, in smaller micro-batches from where on memory runs out."""
+        steps = self._steps
+        # Planned before, with a budget that turned out too large.
+        if any(micro.tokens > steps.budget and len(micro.rows) > 1 for micro in batch.micro):
+            batch = steps[batch.key].to(self.device)
+        while True:
+            place = [self._seed, *batch.key, self.global_rank]
+            self._draw_from(int(np.random.SeedSequence(place).generate_state(1)[0]))
+            optimizer.zero_grad()
+            self._computed.clear()
+            self._repeatable = not self._shards
+            try:
+                return self._accumulate(batch)
+            except torch.OutOfMemoryError as error:
+                problem = first_line(error)
+            # Past the handler: the error holds on to the activations of the pass that failed.
+            self._computed.clear()
+            when = f"out of memory ({problem}) at step {self.global_step}"
+            assert self._now is not None
+            if self.weighs_globally:
+                raise ValueError(
+                    f"{when}: {self.weighting_name} keeps the activations of the whole batch; set "
+                    "model.weighting_scope to micro, model.gradient_checkpointing to true, or "
+                    "data.batch_size lower"
+                )
+            if not self._repeatable:
+                raise ValueError(
+                    f"{when}, where other processes wait for this one: set data.token_budget below "
+                    f"{self._now.tokens}, or model.gradient_checkpointing to true"
+                )
+            steps.budget = smaller_budget(batch, self._now, steps, when)
+            self._now = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            batch = steps[batch.key].to(self.device)
+
+    @property
+    def _steps(self) -> Any:
+        """The data set of `TuluDataModule.training_loader`."""
+        loader: Any = self.trainer.train_dataloader
+        return loader.dataset
+
+    def _not_finite(self, batch: GlobalBatch) -> str:
+        """What to say of a step whose loss or gradient is not finite."""
+        network, steps = self.network, self._steps
+        assert network is not None
+
+        def alone(step: int) -> tuple[list[int], int]:
+            budget, steps.budget = steps.budget, 1
+            single = steps[batch.key].to(self.device)
+            steps.budget = budget
+            return samples_without_gradient(
+                single, lambda micro: (network(micro) * micro.weights).sum(), self._trained()
+            )
+
+        tried = None if self._shards else alone
+        return not_finite(self._computed, self.global_step, tried, steps.id_of)
+
     def _draw_from(self, seed: int) -> None:
         # Not torch.manual_seed: where there is no GPU it keeps a note, with the stack, of every
         # call for the devices that might still come.
@@ -366,9 +473,10 @@ class CleanedSFTModule(LightningModule):
         assert self.network is not None
         strategy: Any = self.trainer.strategy
         world = self.trainer.world_size
-        alone = not isinstance(strategy, ParallelStrategy) or not hasattr(
-            strategy, "block_backward_sync"
-        )
+        alone = world == 1 or self._shards or not isinstance(strategy, ParallelStrategy)
+        if self._shards:
+            filled = same_number(batch.micro, self.network.layout, self.device)
+            batch = replace(batch, micro=filled)
         found: dict[str, float] = {}
         if batch.negative:
             found["train/negative_weight"] = self._lambda()
@@ -380,16 +488,21 @@ class CleanedSFTModule(LightningModule):
                 weights = torch.where(weights < 0.0, weights * self._lambda(), weights)
             last = number == len(batch.micro) - 1
             with nullcontext() if last or alone else strategy.block_backward_sync():
-                loss = (nll * weights).sum()
+                losses = nll * weights
+                self._computed.append((batch.micro[number], losses.detach()))
+                loss = losses.sum()
+                self._repeatable &= alone or not last
                 # Processes average their gradients; the weights already sum to one over all.
                 self.manual_backward(loss * world)
             total += loss.detach()
             if online is not None:
                 sums += torch.stack([weights.double().sum(), online.sum(), (online == 0.0).sum()])
-        if not batch.micro:
+        if self._shards:
+            average_whole(self._trained())
+        elif not batch.micro:
             # Every process takes part in the exchange of gradients, even with nothing to say.
-            nothing = sum((p * 0.0).sum() for p in self.parameters() if p.requires_grad)
-            assert isinstance(nothing, Tensor)
+            self._repeatable = alone
+            nothing = torch.stack([(p * 0.0).sum() for p in self._trained()]).sum()
             self.manual_backward(nothing)
         found["train/loss"] = float(strategy.reduce(total, reduce_op="sum"))
         if self.weighting is not None:
@@ -399,9 +512,9 @@ class CleanedSFTModule(LightningModule):
             if self.weighting.mean_over == "weights" and weight > 0.0:
                 # Known only now; gradients are linear in the weights.
                 found["train/loss"] /= weight
-                for parameter in self.parameters():
+                for parameter in self._trained():
                     if parameter.grad is not None:
-                        parameter.grad /= weight
+                        local(parameter.grad).div_(weight)
         return found
 
     def _lambda(self) -> float:
@@ -412,28 +525,52 @@ class CleanedSFTModule(LightningModule):
 
     def _losses(self, batch: GlobalBatch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Of each micro-batch: losses, loss weights, and online weights if there are any; (N,)."""
-        assert self.network is not None
-        if self.weighting is None:
-            for micro in batch.micro:
-                yield self.network(micro), micro.weights, None
-            return
+        network, weighting = self.network, self.weighting
+        assert network is not None
         if self.weighs_globally:
-            if not batch.kept:
-                return
-            passes = [weighted_pass(self.network, m, self.weighting) for m in batch.micro]
-            parts = weigh_globally(self.weighting, [tokens for _, tokens in passes], self.trainer)
-            for micro, (nll, _), online in zip(batch.micro, passes, parts, strict=True):
-                yield nll, micro.weights * online.to(micro.weights.dtype), online
-        else:
-            for micro in batch.micro:
-                nll, tokens = weighted_pass(self.network, micro, self.weighting)
-                online = self.weighting.weigh(tokens)
+            assert weighting is not None
+            if batch.kept:
+                yield from self._losses_weighed_globally(network, weighting, batch)
+            return
+        for micro in batch.micro:
+            self._now = micro
+            if weighting is None or is_filler(micro):
+                yield network(micro), micro.weights, None
+            else:
+                nll, tokens = weighted_pass(network, micro, weighting)
+                online = weighting.weigh(tokens)
                 yield nll, micro.weights * online.to(micro.weights.dtype), online
 
+    def _losses_weighed_globally(
+        self, network: Network, weighting: Weighting, batch: GlobalBatch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        passes: list[tuple[Tensor, Tokens | None]] = []
+        for micro in batch.micro:
+            self._now = micro
+            if is_filler(micro):
+                passes.append((network(micro), None))
+            else:
+                passes.append(weighted_pass(network, micro, weighting))
+        parts = weigh_globally(weighting, [t for _, t in passes if t is not None], self.trainer)
+        weights = iter(parts)
+        for micro, (nll, tokens) in zip(batch.micro, passes, strict=True):
+            self._now = micro
+            online = None if tokens is None else next(weights)
+            factor = 1.0 if online is None else online.to(micro.weights.dtype)
+            yield nll, micro.weights * factor, online
+
     def _gradient_norm(self) -> float:
-        trained = [p for p in self.parameters() if p.grad is not None]
         limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        trained = [p for p in self._trained() if p.grad is not None]
+        if self._shards:
+            return clip_gradient(trained, limit)
         return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+
+    def on_train_end(self) -> None:
+        if not all(bool(local(p).isfinite().all()) for p in self._trained()):
+            raise FloatingPointError(
+                f"weights are not finite after step {self.global_step}: lower the learning rate"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean loss over the tokens that `TuluDataModule.validated_rows` names."""
@@ -442,6 +579,8 @@ class CleanedSFTModule(LightningModule):
             with self.network.clock(batch.tokens):
                 mean = self.network(batch).double().mean()
             self.validation_nll.update(mean, len(batch.targets))
+        elif self._shards:  # the others wait for this process's part of the layers
+            self.network(no_samples(self.network.layout).to(self.device))
 
     def on_validation_epoch_end(self) -> None:
         self.log("validation/loss", self.validation_nll, prog_bar=True)
@@ -455,7 +594,18 @@ class CleanedSFTModule(LightningModule):
         checkpoint["tokens_seen"] = (self.kept_seen, self.response_seen)
         loader: Any = self.trainer.train_dataloader
         checkpoint["loader"] = loader.state_dict()
+        checkpoint["seed"] = self._seed
+        checkpoint["metrics"] = (self._validated(), self.last_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.kept_seen, self.response_seen = checkpoint["tokens_seen"]
-        self._loader_state = checkpoint["loader"]
+        self._metrics, self.last_step = checkpoint["metrics"]
+        self._resumed = {name: checkpoint[name] for name in ("loader", "seed")}
+
+    def metrics(self) -> dict[str, float]:
+        """The latest validation's and the latest step's, a resumed run's from before as well."""
+        return {**self._validated(), **self.last_step}
+
+    def _validated(self) -> dict[str, float]:
+        now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {**self._metrics, **now}

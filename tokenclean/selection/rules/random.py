@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,11 @@ class Random(Rule):
     def restart(self, seed: int, whole_samples: bool) -> None:
         self._generator = np.random.default_rng(seed)
         self._whole_samples = whole_samples
+
+    def skip(self, rows: int, tokens: int) -> None:
+        # one number of the bit generator per draw
+        drawn: Any = self._generator.bit_generator
+        drawn.advance(rows if self._whole_samples else tokens)
 
     def priority(self, block: TokenBlock) -> np.ndarray:
         if self._whole_samples:

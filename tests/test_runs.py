@@ -1,0 +1,112 @@
+"""One run per folder at a time; what a killed one left is taken over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenclean.publish import NotWritten
+from tokenclean.runs import LOCK, check_run, locked, open_run
+
+Held = tuple[Path, Any, Any]
+
+
+def _hold(folder: Path, line: Any) -> None:
+    with open_run(folder, {"a": 1}):
+        line.send("open")
+        line.recv()
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Held]:
+    """A run's folder, and another process that has it open."""
+    context = multiprocessing.get_context("fork")
+    line, other = context.Pipe()
+    process = context.Process(target=_hold, args=(tmp_path / "run", other))
+    process.start()
+    assert line.poll(60) and line.recv() == "open"
+    yield tmp_path / "run", process, line
+    process.kill()
+    process.join(60)
+
+
+def test_a_second_run_is_refused_by_the_holders_name(held: Held) -> None:
+    folder, process, line = held
+    before = (folder / "config.yaml").read_bytes()
+    refused = pytest.raises(ValueError, match=f"run is in use by process {process.pid} on .*--name")
+    with refused, open_run(folder, {"a": 1}):
+        raise AssertionError("not reached")
+    assert (folder / "config.yaml").read_bytes() == before
+    line.send("leave")
+    process.join(60)
+    with open_run(folder, {"a": 1}):
+        pass
+    assert not (folder / LOCK).exists()
+
+
+def test_a_dead_holders_lock_is_taken_over_and_its_rests_are_swept(
+    held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, process, _ = held
+    (folder / "deep").mkdir()
+    (folder / "deep" / "scores.partial-elsewhere-17").mkdir()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert (folder / LOCK).exists()
+    with open_run(folder, {"a": 1}):
+        assert not (folder / "deep" / "scores.partial-elsewhere-17").exists()
+    assert f"process {process.pid} on" in caplog.text
+    assert "ended without finishing" in caplog.text
+
+
+def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before the last holder removed it, locked after: another file has the name by then."""
+    import fcntl
+
+    flock = fcntl.flock
+    calls: list[int] = []
+
+    def late(handle: int, how: int) -> None:
+        if not calls:
+            (tmp_path / LOCK).unlink()
+        calls.append(handle)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        assert os.path.samestat(os.fstat(calls[1]), (tmp_path / LOCK).stat())
+
+
+def test_other_processes_of_a_run_share_the_firsts_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(tmp_path / "run", {"a": 1}):
+        monkeypatch.setenv("RANK", "1")
+        with open_run(tmp_path / "run", {"a": 1}):
+            pass
+        assert (tmp_path / "run" / LOCK).exists()
+
+
+def test_another_configuration_is_refused_even_when_it_waited(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", {"a": 1}):
+        (tmp_path / "run" / "result").touch()
+    refused = pytest.raises(ValueError, match="another configuration")
+    with refused, open_run(tmp_path / "run", {"a": 2}):
+        raise AssertionError("not reached")
+    check_run(tmp_path / "run", {"a": 1})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = pytest.raises(NotWritten, match=r"file/run could not be written: Not a directory")
+    with refused, open_run(tmp_path / "file" / "run", {"a": 1}):
+        raise AssertionError("not reached")

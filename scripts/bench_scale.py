@@ -29,15 +29,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean.arrow import ROWS_PER_SHARD, lists_of, write_shard
-from tokenclean.cleaning import apply
-from tokenclean.cleaning.apply import ScoredRows
+from tokenclean.arrow import ROWS_PER_SHARD, TableWriter, lists_of
+from tokenclean.cleaning.apply import ScoredRows, mask_beside
 from tokenclean.data.batches import plan_batches, plan_epoch
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.publish import MANIFEST, complete_folder, write_json
-from tokenclean.selection.exchange import Exchange
 from tokenclean.selection.select import SelectionConfig, select
 
 KEEP, PROMPT, SEED = 0.6, 4, 7
@@ -66,7 +64,8 @@ def write_pool(folder: Path, samples: int, scores: int) -> None:
     """A token pool of so many samples with so many response tokens altogether."""
     sizes = response_sizes(samples, scores)
     with complete_folder(folder) as partial:
-        for number, first in enumerate(range(0, samples, ROWS_PER_SHARD)):
+        writer = TableWriter(partial)
+        for first in range(0, samples, ROWS_PER_SHARD):
             lengths = sizes[first : first + ROWS_PER_SHARD] + PROMPT
             stops = np.cumsum(lengths)
             ids = np.arange(stops[-1], dtype=np.int32) % 32_000
@@ -80,7 +79,8 @@ def write_pool(folder: Path, samples: int, scores: int) -> None:
                 "input_ids": lists_of(lengths, ids),
                 "response_mask": lists_of(lengths, response),
             }
-            write_shard(partial, number, pa.record_batch(columns))
+            writer.write(pa.record_batch(columns))
+        writer.close()
         stated = dict.fromkeys(("fingerprint", "tokenizer", "vocabulary"), "generated")
         more = {"kind": KIND, "eos_id": 1, "statistics": {}, "rows": samples}
         write_json(partial / MANIFEST, stated | more)
@@ -261,7 +261,7 @@ def _select(folder: Path, scores: int) -> Facts:
     n = int(scored.counts.sum())
     facts: Facts = {"rows": len(rows), "scores": n, "parts": len(scored.parts)}
     with measured(facts):
-        mask = apply._shared_mask(folder.parent / f"selected-{n}", n, Exchange())
+        mask = mask_beside(folder.parent / "selected", n)
         found = select(lambda: scored.blocks(config), config, out=mask)
     assert found.cut is not None
     start = time.perf_counter()

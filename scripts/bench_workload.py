@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenclean.arrow import ROWS_PER_SHARD, list_array, write_shard
+from tokenclean.arrow import ROWS_PER_SHARD, TableWriter, list_array
 from tokenclean.data.datamodule import CPU_BUDGET, GPU_BUDGET
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.models import LoraSettings, Network
@@ -191,7 +191,8 @@ def write_pool(
     sources, prompts, responses = (values[:samples] for values in drawn)
     rows = np.flatnonzero(responses > 0)
     with complete_folder(folder) as partial:
-        for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+        writer = TableWriter(partial)
+        for first in range(0, len(rows), ROWS_PER_SHARD):
             block = rows[first : first + ROWS_PER_SHARD]
             ids, masks = [], []
             for row in block:
@@ -207,7 +208,8 @@ def write_pool(
                 "input_ids": list_array(ids, pa.int32()),
                 "response_mask": list_array(masks, pa.bool_()),
             }
-            write_shard(partial, number, pa.record_batch(columns))
+            writer.write(pa.record_batch(columns))
+        writer.close()
         write_json(
             partial / MANIFEST,
             {
@@ -218,6 +220,7 @@ def write_pool(
                 "template": "random",
                 "max_length": MAX_LENGTH // shrink,
                 "eos_id": EOS,
+                "statistics": {},
                 "rows": len(rows),
             },
         )

@@ -89,6 +89,7 @@ def run(
     place: Path,
     kill_at: int | None = None,
     kill_after: float | None = None,
+    number: int = signal.SIGKILL,
 ) -> tuple[int, int]:
     """Run a verb in a folder, in a child of this process.
 
@@ -96,7 +97,8 @@ def run(
         arguments: the verb and its options.
         place: the folder.
         kill_at: number of the call of `CALLS` before which it is killed, counted from 1.
-        kill_after: seconds after which it is killed.
+        kill_after: seconds after which it gets a signal.
+        number: which.
 
     Returns:
         How it ended (minus the signal, if by one), and how many of `CALLS` it made.
@@ -113,7 +115,7 @@ def run(
                 return os.waitstatus_to_exitcode(status), 0
             time.sleep(0.005)
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     counted = place / "calls"
     return code, int(counted.read_text()) if counted.is_file() else 0
@@ -236,6 +238,7 @@ class Tally:
     Attributes:
         points: calls of `CALLS` in an undisturbed run.
         at_points, at_random: kills.
+        stopped: SIGTERM and SIGUSR1 at random moments, after which it ended with 143.
         missed: random ones that came after the end.
         different: trials that left something else.
         again: files made again although they had been published.
@@ -247,6 +250,7 @@ class Tally:
     points: int = 0
     at_points: int = 0
     at_random: int = 0
+    stopped: int = 0
     missed: int = 0
     different: int = 0
     again: int = 0
@@ -263,23 +267,27 @@ def trial(
     tally: Tally,
     kill_at: int | None = None,
     kill_after: float | None = None,
+    number: int = signal.SIGKILL,
 ) -> None:
-    """Kill one run, run it again, compare."""
+    """Kill or stop one run, run it again, compare."""
     shutil.rmtree(place, ignore_errors=True)
-    what = f"{arguments[0]} killed " + (
+    what = f"{arguments[0]}, signal {number}, " + (
         f"at call {kill_at}" if kill_at else f"after {kill_after:.2f} s"
     )
-    code, _ = run(arguments, place, kill_at, kill_after)
+    code, _ = run(arguments, place, kill_at, kill_after, number)
     if code == 0:
         tally.missed += 1
         return
-    if code != -signal.SIGKILL:
+    # Before its handlers are there, a process ends by the signal itself.
+    if code not in ((-number, 143) if number != signal.SIGKILL else (-number,)):
         tally.wrong.append(f"{what}: ended with {code} by itself\n{_tail(place)}")
         return
     if kill_at:
         tally.at_points += 1
-    else:
+    elif number == signal.SIGKILL:
         tally.at_random += 1
+    else:
+        tally.stopped += 1
     before = _published(place)
     tally.found += len(before)
     (place / "named.txt").unlink(missing_ok=True)
@@ -480,7 +488,13 @@ def several_processes(work: Path, processes: int, kills: int, seed: int) -> Tall
 
 
 def inject(
-    verbs: list[str], work: Path, every: int, moments: int, seed: int, samples: int
+    verbs: list[str],
+    work: Path,
+    every: int,
+    moments: int,
+    seed: int,
+    samples: int,
+    stops: int = 0,
 ) -> dict[str, Tally]:
     """Kill each verb at every ``every``-th point, and all at random ``moments``."""
     inputs = work / "inputs"
@@ -510,28 +524,33 @@ def inject(
                 print(f"{verb}: call {point} of {tally.points}", flush=True)
         tally.seconds = time.monotonic() - began
     weights = [durations[verb] for verb in verbs]
-    for number in range(moments):
+    asked = [signal.SIGKILL] * moments + [signal.SIGTERM, signal.SIGUSR1] * (-(-stops // 2))
+    for done, number in enumerate(asked[: moments + stops], start=1):
         verb = draw.choices(verbs, weights)[0]
         moment = draw.uniform(0.0, durations[verb])
         began = time.monotonic()
-        trial(commands[verb], work / verb, expected[verb], tallies[verb], kill_after=moment)
+        trial(
+            *(commands[verb], work / verb, expected[verb], tallies[verb]),
+            kill_after=moment,
+            number=number,
+        )
         tallies[verb].seconds += time.monotonic() - began
-        if number % 10 == 9:
-            print(f"random moment {number + 1} of {moments}", flush=True)
+        if done % 10 == 0:
+            print(f"random moment {done} of {moments + stops}", flush=True)
     return tallies
 
 
 def table(tallies: dict[str, Tally]) -> str:
     """The tallies as Markdown."""
     lines = [
-        "| verb | points | killed at points | at random moments | published files found again "
-        "| made again | different | left unfinished | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| verb | points | killed at points | killed at random | stopped by SIGTERM or SIGUSR1 "
+        "| published files found again | made again | different | left unfinished | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, tally in tallies.items():
         cells = (
-            *(tally.points or "-", tally.at_points, tally.at_random, tally.found, tally.again),
-            *(tally.different, tally.rests, round(tally.seconds)),
+            *(tally.points or "-", tally.at_points, tally.at_random, tally.stopped, tally.found),
+            *(tally.again, tally.different, tally.rests, round(tally.seconds)),
         )
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -542,6 +561,7 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="+", default=list(_commands()), choices=list(_commands()))
     parser.add_argument("--every", type=int, default=1, help="kill at every so many-th point")
     parser.add_argument("--random", type=int, default=100, help="kills at random moments")
+    parser.add_argument("--stops", type=int, default=20, help="SIGTERM and SIGUSR1 at random")
     parser.add_argument("--torchrun", type=int, default=0, help="kills of `clean` on 2 processes")
     parser.add_argument("--samples", type=int, default=24, help="of the pool")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
@@ -555,7 +575,8 @@ def main() -> None:
 
     work = options.work.resolve()
     tallies = inject(
-        options.verbs, work, options.every, options.random, options.seed, options.samples
+        *(options.verbs, work, options.every, options.random, options.seed, options.samples),
+        stops=options.stops,
     )
     if options.torchrun:
         tallies["clean, 2 processes"] = several_processes(work, 2, options.torchrun, options.seed)

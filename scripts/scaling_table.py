@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import LlamaConfig
 
-from tokenclean.arrow import ROWS_PER_SHARD
+from tokenclean.arrow import ROWS_PER_SHARD, SHARDS_PER_FILE
 from tokenclean.data.datamodule import GPU_BUDGET
 from tokenclean.estimate import (
     EFFICIENCY,
@@ -81,7 +82,7 @@ class Case:
     def responses(self) -> int:
         return round(self.tokens * RESPONSES)
 
-    @property
+    @cached_property
     def shape(self) -> ModelShape:
         return ModelShape.of_config(self.config)
 
@@ -248,7 +249,10 @@ def rows_of_table() -> list[tuple[str, list[str]]]:
     line("rows of the pool, while scoring", *(_bytes(ROW_BYTES * c.rows) for c in CASES))
     line("weights on their way to the device", *(_bytes(_weights(c)) for c in CASES))
     line("**files**")
-    line("parts of a table", *(_count(-(-c.rows // ROWS_PER_SHARD)) for c in CASES))
+    line(
+        "files of a table, each mapped once",
+        *(_count(-(-c.rows // (ROWS_PER_SHARD * SHARDS_PER_FILE))) for c in CASES),
+    )
     line("batches of a shard", *(f"{shard_batches(c):,}" for c in CASES))
     line("seconds of a shard", *(_number(shard_seconds(c)) for c in CASES))
     line("row groups of the cleaned pool", *(_count(c.tokens / GROUP_TOKENS) for c in CASES))
@@ -275,22 +279,28 @@ def sharing(case: Case) -> int:
 
 def limits() -> list[tuple[str, float]]:
     """What breaks, and from how many tokens of a pool on; smallest first."""
-    rows = (MAPS - MAPS_TAKEN) * ROWS_PER_SHARD
+    rows = (MAPS - MAPS_TAKEN) * ROWS_PER_SHARD * SHARDS_PER_FILE
     late = "the others wait half an hour, and give up, while one process"
     return [
         (f"`clean`: {late} tokenises", PATIENCE / TOKENISE_NS * 1e9),
-        (f"`clean`: {late} writes the cleaned pool", PATIENCE / CLEANED_NS * 1e9),
         (
             f"`score`, `clean`: {late} merges and writes a table",
             PATIENCE / (MERGE_NS + TABLE_NS) / RESPONSES * 1e9,
         ),
-        ("`select` maps more than the kernel lets it (three tables)", rows / 3 * TOKENS_PER_ROW),
-        ("`score` and `fit` map more than that (one table)", rows * TOKENS_PER_ROW),
+        (
+            f"`clean`: {late} of 8 writes its own part of the cleaned pool",
+            8 * PATIENCE / CLEANED_NS * 1e9,
+        ),
         ("`data.parquet` has more row groups than Arrow reads", ROW_GROUPS * GROUP_TOKENS),
+        (
+            "`select` maps more files than the kernel lets it (three tables)",
+            rows / 3 * TOKENS_PER_ROW,
+        ),
         (
             "the rows of eight processes fill a host of 1 TB",
             1e12 / 8 / ROW_BYTES * TOKENS_PER_ROW,
         ),
+        ("`score` and `fit` map more files than that (one table)", rows * TOKENS_PER_ROW),
     ]
 
 
@@ -319,7 +329,7 @@ def _number(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for size, unit in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

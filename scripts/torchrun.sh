@@ -2,7 +2,7 @@
 # One run in several processes, on one machine or on several, started by torchrun.
 #   bash scripts/torchrun.sh VERB [OPTIONS ...]     VERB: fit, score or clean
 # PROCESSES   on this machine; default: one per GPU, without GPUs two
-# MACHINES    how many; the same command is given on each. `clean` takes one
+# MACHINES    how many; the same command is given on each, and all see the same files
 # MAIN        HOST:PORT of the first machine, where there are several
 # Told to stop (SIGTERM, SIGUSR1, Ctrl-C) it lets the step or shard be finished and ends with 143; the
 # same command goes on from there (`score` with another number of processes if need be).

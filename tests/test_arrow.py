@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenclean.arrow import ArrowTable, ListColumn, TextColumn, list_array, spans, write_shard
+from tokenclean import arrow
+from tokenclean.arrow import ArrowTable, ListColumn, TableWriter, TextColumn, list_array, spans
 from tokenclean.publish import MANIFEST, complete_folder, read_manifest, write_json
 
 #: Two shards; the second begins with an empty list, the first holds one in the middle.
@@ -17,7 +18,7 @@ ROWS = [row for shard in SHARDS for row in shard]
 
 
 def write_table(folder: Path, kind: str = "thing", rows: int = 6) -> Path:
-    with complete_folder(folder) as partial:
+    with complete_folder(folder) as partial, TableWriter(partial) as writer:
         for number, shard in enumerate(SHARDS):
             numbers = list_array([np.array(row, dtype=np.int64) for row in shard], pa.int32())
             odd = list_array([np.array([v % 2 == 1 for v in row], bool) for row in shard],
@@ -28,7 +29,8 @@ def write_table(folder: Path, kind: str = "thing", rows: int = 6) -> Path:
             batch = pa.record_batch(
                 {"name": names, "numbers": numbers, "odd": odd, "sparse": sparse}
             )
-            write_shard(partial, number, batch)
+            writer.write(batch)
+        writer.close()
         write_json(partial / MANIFEST, {"kind": kind, "rows": rows})
     return folder
 
@@ -159,6 +161,85 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
     folder = write_table(tmp_path / "table")
-    (folder / "part-00001.arrow").unlink()
-    with pytest.raises(ValueError, match=r"part-00001\.arrow is missing"):
+    (folder / "part-00000.arrow").unlink()
+    with pytest.raises(ValueError, match=r"part-00000\.arrow is missing"):
+        ArrowTable(folder, "thing")
+
+
+# -- files of several shards ----------------------------------------------------------------------
+
+
+def one_number(number: int, rows: int = 2) -> pa.RecordBatch:
+    return pa.record_batch({"number": pa.array([number] * rows, pa.int64())})
+
+
+@pytest.mark.parametrize(
+    ("shards", "files"), [(0, []), (1, [1]), (3, [3]), (4, [3, 1]), (6, [3, 3]), (7, [3, 3, 1])]
+)
+def test_a_file_holds_several_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, files: list[int]
+) -> None:
+    monkeypatch.setattr(arrow, "SHARDS_PER_FILE", 3)
+    with complete_folder(tmp_path / "table") as partial:
+        with TableWriter(partial) as writer:
+            for number in range(shards):
+                writer.write(one_number(number, rows=number % 3))
+        rows = sum(number % 3 for number in range(shards))
+        write_json(partial / MANIFEST, {"kind": "thing", "rows": rows})
+    parts = sorted((tmp_path / "table").glob("part-*"))
+    assert [part.name for part in parts] == [f"part-{i:05d}.arrow" for i in range(len(files))]
+    assert [pa.ipc.open_file(str(part)).num_record_batches for part in parts] == files
+    table = ArrowTable(tmp_path / "table", "thing")
+    assert len(table.batches()) == shards
+    assert table.values("number") == [n for n in range(shards) for _ in range(n % 3)]
+
+
+def test_the_same_shards_give_the_same_bytes_and_one_shard_those_it_always_had(
+    tmp_path: Path,
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with TableWriter(tmp_path / name) as writer:
+            for number in range(arrow.SHARDS_PER_FILE + 1):
+                writer.write(one_number(number))
+    files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert [len(names) for names in files] == [2, 2]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    alone = pa.BufferOutputStream()
+    with pa.ipc.new_file(alone, one_number(0).schema) as plain:
+        plain.write_batch(one_number(arrow.SHARDS_PER_FILE))
+    assert files[0][1].read_bytes() == alone.getvalue().to_pybytes()
+
+
+def test_a_file_of_many_shards_is_one_map(tmp_path: Path) -> None:
+    with complete_folder(tmp_path / "table") as partial:
+        with TableWriter(partial) as writer:
+            for number in range(130):  # 64 + 64 + 2
+                writer.write(one_number(number))
+        write_json(partial / MANIFEST, {"kind": "thing", "rows": 260})
+    table = ArrowTable(tmp_path / "table", "thing")
+    maps = Path("/proc/self/maps")
+    if maps.exists():  # Linux
+        ours = [line for line in maps.read_text().splitlines() if str(tmp_path) in line]
+        assert len(ours) == 3
+    assert len(table) == 260
+
+
+def test_a_writer_holds_no_shard(tmp_path: Path) -> None:
+    before = pa.total_allocated_bytes()
+    writer = TableWriter(tmp_path)
+    for _ in range(50):
+        writer.write(one_number(1, rows=1 << 16))  # 512 KB
+        assert pa.total_allocated_bytes() - before < 1 << 20
+    writer.close()
+
+
+def test_a_file_without_its_end_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "table"
+    folder.mkdir()
+    with pytest.raises(KeyError), TableWriter(folder) as writer:
+        writer.write(one_number(1))
+        raise KeyError
+    write_json(folder / MANIFEST, {"kind": "thing", "rows": 2})
+    with pytest.raises(ValueError, match=r"part-00000\.arrow is damaged"):
         ArrowTable(folder, "thing")

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_llama
 from torch import Tensor
 
-from tokenclean.arrow import list_array, write_shard
+from tokenclean.arrow import TableWriter, list_array
 from tokenclean.data.batches import Batch, collate
 from tokenclean.data.cleaned import CleanedPool, cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
@@ -43,7 +43,8 @@ def write_pool(folder: Path, rows: list[dict[str, Any]], with_truth: bool = True
     if with_truth:
         truths = [np.asarray(r["truth"], np.int8) for r in rows]
         columns["truth"] = list_array(truths, pa.int8())
-    write_shard(folder, 0, pa.record_batch(columns))
+    with TableWriter(folder) as writer:
+        writer.write(pa.record_batch(columns))
     write_json(
         folder / MANIFEST,
         {"kind": "token pool", "rows": len(rows), "fingerprint": "x", "eos_id": EOS},

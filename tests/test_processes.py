@@ -58,8 +58,8 @@ def in_processes(count: int, work: Callable[[int], object]) -> list[int]:
         done, status = os.waitpid(-1, os.WNOHANG)
         if done in started:
             codes[done] = os.waitstatus_to_exitcode(status)
-        if any(code not in (0, interrupts.EXIT_CODE) for code in codes.values()):
-            until = min(until, time.monotonic() + 10.0)  # others wait for one that is gone
+        if codes:
+            until = min(until, time.monotonic() + 20.0)  # others may wait for one that is gone
         if time.monotonic() > until:
             for process in set(started) - set(codes):
                 os.kill(process, signal.SIGKILL)

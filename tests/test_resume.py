@@ -341,19 +341,22 @@ def test_the_newest_whole_checkpoint_is_found(
 
 
 class Payload:
+    def __init__(self, leaves: Path):
+        self.leaves = leaves
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, ("touch /tmp/tokenclean-was-here",))
+        return (os.mkdir, (str(self.leaves),))
 
 
 def test_checkpoints_run_no_code(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.ckpt"
-    torch.save({"state_dict": {}, "global_step": 1, "loops": Payload()}, path)
+    torch.save({"state_dict": {}, "global_step": 1, "loops": Payload(tmp_path / "trace")}, path)
     with pytest.raises(ValueError, match=r"step-00000001\.ckpt is no whole checkpoint .*delete it"):
         CheckpointFiles().load_checkpoint(path, weights_only=False)
     torch.save({"weights": 1}, path)
     with pytest.raises(ValueError, match="is no checkpoint of Lightning"):
         read_checkpoint(path)
-    assert not Path("/tmp/tokenclean-was-here").exists()
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Tables on disk: Arrow shards with a manifest, written once, read through memory maps.
 
-A table is a folder of ``part-00000.arrow`` files (Arrow IPC) and a ``manifest.json``. The folder
-appears under its final name only when it is complete, so an interrupted writer leaves nothing that
-could be mistaken for a result.
+A table is a folder of ``part-00000.arrow`` files (Arrow IPC) and a ``manifest.json``. A file holds
+some shards (record batches) of rows and is mapped as one, for a process may have some ten thousand
+maps. The folder appears under its final name only when it is complete, so an interrupted writer
+leaves nothing that could be mistaken for a result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from types import TracebackType, UnionType
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +23,62 @@ from tokenclean.publish import MANIFEST, read_manifest
 
 #: Rows per shard, and so what a writer holds in memory: some MB for samples of ordinary length.
 ROWS_PER_SHARD = 1024
+SHARDS_PER_FILE = 64
 #: Values looked at at a time: enough to forget Python, few enough to stay in the cache.
 BLOCK_VALUES = 1 << 17
 
 
+class TableWriter:
+    """Writes the shards of a table one after the other, `SHARDS_PER_FILE` to a file.
+
+    `close` ends the last file, as does leaving a ``with`` block without an error. Memory holds none
+    of the shards.
+
+    Args:
+        folder: gets the files; it must be there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._shards = 0
+        self._open: tuple[pa.OSFile, pa.RecordBatchFileWriter] | None = None
+
+    def write(self, shard: pa.RecordBatch) -> None:
+        """Append a shard; all of a table have one schema."""
+        if self._open is None:
+            number = self._shards // SHARDS_PER_FILE
+            sink = pa.OSFile(str(self.folder / f"part-{number:05d}.arrow"), "wb")
+            self._open = sink, pa.ipc.new_file(sink, shard.schema)
+        self._open[1].write_batch(shard)
+        self._shards += 1
+        if self._shards % SHARDS_PER_FILE == 0:
+            self.close()
+
+    def close(self) -> None:
+        """End the file that is being written."""
+        if self._open is not None:
+            sink, writer = self._open
+            self._open = None
+            try:
+                writer.close()
+            finally:
+                sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:  # else there is no table, and the error counts
+            self.close()
+
+
 def write_shard(folder: Path, number: int, batch: pa.RecordBatch) -> None:
-    """Write one record batch as shard ``number`` of a table."""
+    """Write one record batch as a file of its own."""
     with (
         pa.OSFile(str(folder / f"part-{number:05d}.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, batch.schema) as writer,
@@ -213,7 +265,7 @@ class ArrowTable:
         ValueError: if the folder holds another kind of table, or is damaged.
     """
 
-    states: ClassVar[dict[str, type]] = {}
+    states: ClassVar[dict[str, type | UnionType]] = {}
 
     def __init__(self, folder: Path, kind: str):
         self.folder = Path(folder)

@@ -70,7 +70,7 @@ def write_table(tmp_path: Path, pool: TokenPool) -> WriteTable:
 
     ``counts`` gives rows another number of losses than they have response tokens.
     """
-    from tokenclean.arrow import list_array, write_shard
+    from tokenclean.arrow import TableWriter, list_array
     from tokenclean.publish import complete_folder, write_json
 
     def write(
@@ -101,7 +101,8 @@ def write_table(tmp_path: Path, pool: TokenPool) -> WriteTable:
             **facts,
         }
         with complete_folder(tmp_path / model) as partial:
-            write_shard(partial, 0, pa.record_batch(columns))
+            with TableWriter(partial) as writer:
+                writer.write(pa.record_batch(columns))
             write_json(partial / MANIFEST, manifest)
         return ScoreTable(tmp_path / model)
 

@@ -435,6 +435,14 @@ def test_a_chat_template_that_fails_names_the_sample() -> None:
             one(tokenizer, [("user", "q"), ("assistant", "r")], template="chat")
 
 
+@pytest.mark.parametrize("asked", ["q", "</s>"])
+def test_a_blank_that_begins_a_response_belongs_to_it(asked: str) -> None:
+    """Though a tokenizer of GPT-NeoX's kind says that it covers no character."""
+    tokenizer = neox_tokenizer()
+    result = one(tokenizer, [("user", asked), ("assistant", " \x00!  .")], template="raw")
+    assert tokenizer.decode(result.input_ids[result.response_mask]) == " \x00!  .</s>"
+
+
 def test_contents_of_a_chat_spell_special_tokens_as_text() -> None:
     """The template's own special tokens are put in by id; contents have none."""
     tokenizer = byte_level_tokenizer(bos=False)

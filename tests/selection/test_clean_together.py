@@ -1,9 +1,11 @@
-"""`clean` over several processes: the same bytes, and a mask file that nothing is left of."""
+"""`clean` over several processes: the same bytes, and mask files that nothing is left of."""
 
 from __future__ import annotations
 
 import errno
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import pyarrow as pa
 import pytest
 from test_exchange import in_processes
 
-from tokenclean.arrow import list_array, write_shard
+from tokenclean.arrow import TableWriter, list_array
 from tokenclean.cleaning import apply
 from tokenclean.cleaning.apply import ScoredRows, clean
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.publish import MANIFEST, complete_folder, write_json
 from tokenclean.scoring.table import ScoreTable, write_scores
+from tokenclean.selection import exchange as exchanges
 from tokenclean.selection.exchange import Exchange
 from tokenclean.selection.select import SelectionConfig
 
@@ -37,7 +40,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "input_ids": list_array([np.arange(n, dtype=np.int32) for n in lengths], pa.int32()),
             "response_mask": list_array([np.arange(n) >= n // 3 + 1 for n in lengths], pa.bool_()),
         }
-        write_shard(partial, 0, pa.record_batch(columns))
+        with TableWriter(partial) as writer:
+            writer.write(pa.record_batch(columns))
         names = ("fingerprint", "tokenizer", "vocabulary", "template")
         stated: dict[str, Any] = dict.fromkeys(names, "made up")
         stated |= {"kind": KIND, "max_length": 30, "eos_id": 1, "statistics": {}, "rows": ROWS}
@@ -70,6 +74,7 @@ def test_the_cleaned_pool_has_the_same_bytes(
     count: int, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apply, "BLOCK_VALUES", 64)  # some ten parts instead of one
+    monkeypatch.setattr(exchanges, "PIECE", 17)  # of some hundred tokens
 
     def files(name: str) -> list[bytes]:
         return [(tmp_path / name / file).read_bytes() for file in ("data.parquet", MANIFEST)]
@@ -79,7 +84,8 @@ def test_the_cleaned_pool_has_the_same_bytes(
         found = []
         for i, config in enumerate(CONFIGS):
             selected = clean(scored(tables), config, 5, tmp_path / f"together_{i}")
-            found.append((np.array(selected.keep), selected.kept, selected.ranked, selected.cut))
+            facts = selected.tokens, selected.kept, selected.ranked, selected.cut
+            found.append((np.array(selected.keep), *facts))
         return found
 
     assert len(scored(tables).parts) > 2 * count
@@ -88,9 +94,11 @@ def test_the_cleaned_pool_has_the_same_bytes(
         alone = clean(scored(tables), config, 5, tmp_path / f"alone_{i}")
         assert 0 < alone.kept < alone.ranked
         assert files(f"together_{i}") == files(f"alone_{i}")
+        assert len(alone.keep) == alone.tokens
+        assert np.array_equal(np.concatenate([found[i][0] for found in together]), alone.keep)
         for found in together:
-            assert np.array_equal(found[i][0], alone.keep)
-            assert found[i][1:] == (alone.kept, alone.ranked, alone.cut)
+            assert 0 < len(found[i][0]) < alone.tokens
+            assert found[i][1:] == (alone.tokens, alone.kept, alone.ranked, alone.cut)
     names = {f"{how}_{i}" for how in ("together", "alone") for i in range(len(CONFIGS))}
     assert {path.name for path in tmp_path.iterdir()} == {*names, "processes"}
 
@@ -98,14 +106,22 @@ def test_the_cleaned_pool_has_the_same_bytes(
 def test_an_error_of_the_writer_ends_all(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(apply, "BLOCK_VALUES", 64)
+    monkeypatch.setattr(exchanges, "PIECE", 17)
+
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "there")
 
+    def full_later(folder: Path, batches: Iterator[pa.RecordBatch], *more: Any) -> None:
+        for _ in range(len(scored(tables).parts) // 2 + 2):  # the second process has sent some
+            next(batches)
+        full()
+
     def work(exchange: Exchange) -> list[str]:
         messages = []
-        for place in ("_write", "_reserve"):
+        for place, write in (("write_cleaned_pool", full_later), ("_write", full)):
             with monkeypatch.context() as patch:
-                patch.setattr(apply, place, full)
+                patch.setattr(apply, place, write)
                 try:
                     clean(scored(tables), CONFIGS[0], 5, tmp_path / "cleaned")
                 except (OSError, ValueError) as error:
@@ -119,22 +135,51 @@ def test_an_error_of_the_writer_ends_all(
     assert [path.name for path in tmp_path.iterdir()] == ["processes"]
 
 
-def test_a_full_disk_is_an_error_that_names_the_mask(
+def test_a_sender_that_dies_is_missed(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apply, "BLOCK_VALUES", 64)
+    monkeypatch.setattr(exchanges, "PIECE", 17)
+    folder = tmp_path / "processes"
+
+    def work(exchange: Exchange) -> str:
+        if exchange.rank == 1:
+            (folder / "1").write_bytes(pickle.dumps(""))
+            monkeypatch.setattr(Exchange, "_pass", lambda *_: os._exit(0))
+        with pytest.raises(ConnectionError) as caught:
+            clean(scored(tables), CONFIGS[0], 5, tmp_path / "cleaned")
+        (folder / "0").write_bytes(pickle.dumps(str(caught.value)))
+        os._exit(0)  # nobody is left to take leave of
+
+    assert in_processes(2, folder, work)[0].startswith("another process is gone")
+    assert [path.name for path in tmp_path.iterdir()] == ["processes"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(file: int, start: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if size > 100:  # the second process has more to keep than the first
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(exchange: Exchange) -> str:
+        own = scored(tables)
+        own.parts = [slice(0, 3), slice(3, ROWS)]
+        with pytest.raises(ValueError) as caught:
+            clean(own, CONFIGS[0], 5, tmp_path / "cleaned")
+        return str(caught.value)
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left .*cleaned\.mask\.partial-"):
-        clean(scored(tables), CONFIGS[0], 5, tmp_path / "cleaned")
-    assert not list(tmp_path.iterdir())
+    first, second = in_processes(2, tmp_path / "processes", work)
+    assert second.startswith(f"{tmp_path / 'cleaned'} could not be written: No space left on")
+    assert first == f"process 1: {second}"
+    assert [path.name for path in tmp_path.iterdir()] == ["processes"]
 
 
-def test_masks_of_dead_processes_are_swept(tables: Path, tmp_path: Path) -> None:
-    clean(scored(tables), CONFIGS[0], 5, tmp_path / "cleaned")
-    host = apply.partial_name(tmp_path / "x").name.split("partial-")[1].rsplit("-", 1)[0]
-    dead = tmp_path / f"cleaned.mask.partial-{host}-4194305"  # above every process id
-    dead.write_bytes(b"\0")
-    clean(scored(tables), CONFIGS[0], 5, tmp_path / "cleaned")
-    assert [path.name for path in tmp_path.iterdir()] == ["cleaned"]
+def test_a_mask_has_room_and_no_name(tmp_path: Path) -> None:
+    mask = apply.mask_beside(tmp_path / "made" / "cleaned", 1_000_000)
+    assert mask.shape == (1_000_000,) and mask.dtype == bool and not mask.any()
+    assert not list((tmp_path / "made").iterdir())
+    mask[999_999] = True
+    assert np.flatnonzero(mask).tolist() == [999_999]
+    assert apply.mask_beside(tmp_path / "made" / "cleaned", 0).shape == (0,)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from tokenclean.selection import exchange as exchanges
 from tokenclean.selection import topk
 from tokenclean.selection.exchange import Exchange, here
 from tokenclean.selection.rule import Rule, TokenBlock
@@ -211,6 +212,30 @@ def test_ties_go_to_the_earliest_process(tmp_path: Path) -> None:
             (zero, 8, 0),
         ]
         assert found == want * 2
+
+
+def test_masks_come_to_the_first_process_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 101 | nothing | 0 | 11010, in pieces of two tokens at most."""
+    monkeypatch.setattr(exchanges, "PIECE", 2)
+    masks = ["101", "", "0", "11010"]
+
+    def work(exchange: Exchange) -> list[list[str]]:
+        found = []
+        for order in (masks, masks[::-1], ["", "", "", ""]):
+            mask = np.array([letter == "1" for letter in order[exchange.rank]], dtype=bool)
+            pieces = exchange.to_first(mask)
+            found.append(["".join(str(int(token)) for token in piece) for piece in pieces])
+        return found
+
+    first, *others = in_processes(4, tmp_path / "run", work)
+    assert first == [["10", "1", "0", "11", "01", "0"], ["11", "01", "0", "0", "10", "1"], []]
+    assert others == [[[], [], []]] * 3
+    assert [p.tolist() for p in Exchange().to_first(np.array([True, False, True]))] == [
+        [True, False],
+        [True],
+    ]
 
 
 # -- errors -----------------------------------------------------------------------------------

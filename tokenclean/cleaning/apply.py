@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -19,10 +20,10 @@ from tokenclean.data.cleaned import cleaned_schema, write_cleaned_pool
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.named import options_of
-from tokenclean.publish import partial_name
+from tokenclean.publish import writing_to
 from tokenclean.scoring.probe import Probe, share
 from tokenclean.scoring.table import ScoreTable
-from tokenclean.selection.exchange import Exchange, here
+from tokenclean.selection.exchange import here
 from tokenclean.selection.noise import MIN_SAMPLES, SIGNIFICANT
 from tokenclean.selection.rule import (
     BELOW_CUT,
@@ -30,6 +31,7 @@ from tokenclean.selection.rule import (
     PROMPT,
     REASONS,
     SEEN,
+    Rule,
     TokenBlock,
     columns_needed,
     describe_need,
@@ -229,7 +231,8 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
     """Select tokens and write the cleaned pool.
 
     Where `torch.distributed` is initialised all its processes call this together: each selects from
-    a part of the rows, and process 0 writes. They share one mask, so they must be on one machine.
+    a part of the rows and keeps the mask of that part, and process 0, which writes, asks for them
+    in turn.
 
     Args:
         scored: rows and their tables.
@@ -238,40 +241,40 @@ def clean(scored: ScoredRows, config: SelectionConfig, seed: int, folder: Path) 
         folder: where the cleaned pool goes.
 
     Returns:
-        What was selected, the mask of the whole pool in every process.
+        What was selected, with the mask of this process's part.
 
     Raises:
         ValueError: if the rule needs a table, a column or a truth that is not there, or another
             process has met an error.
-        OSError: naming the place, if the disk has no room for the mask: a byte per token.
+        NotWritten: if the disk has no room for the mask, a byte per token, or the cleaned pool.
     """
     exchange = here()
     with exchange.together():
         scored.check(config)
         config, estimated = with_share(scored, config)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        mask = _shared_mask(folder, int(scored.counts.sum()), exchange)
-        mine = exchange.part(len(scored.parts))
-        counts = [int(scored.counts[part].sum()) for part in scored.parts[: mine.stop]]
+        mine = scored.parts[exchange.part(len(scored.parts))]
         selected = select(
-            lambda: (scored.block(part, config) for part in scored.parts[mine]),
+            lambda: (scored.block(part, config) for part in mine),
             config,
             seed,
             histogram=scored.histogram(),
             noise=scored.noise,
-            out=mask[sum(counts[: mine.start]) : sum(counts)],
+            out=mask_beside(folder, sum(int(scored.counts[part].sum()) for part in mine)),
             exchange=exchange,
             pool=lambda: scored.blocks(config),
         )
-        selected = dataclasses.replace(selected, keep=mask)
+        pieces = exchange.to_first(selected.keep)
         if exchange.rank == 0:
-            _write(scored, selected, config, seed, folder, estimated)
+            _write(scored, selected, pieces, config, seed, folder, estimated)
+        for _ in pieces:  # the others send theirs
+            pass
     return selected
 
 
 def _write(
     scored: ScoredRows,
     selected: Selected,
+    pieces: Iterator[np.ndarray],
     config: SelectionConfig,
     seed: int,
     folder: Path,
@@ -282,12 +285,12 @@ def _write(
     reasons: dict[str, dict[str, int]] = {}
     write_cleaned_pool(
         folder,
-        _cleaned_batches(scored, selected, config, seed, schema, reasons),
+        _cleaned_batches(scored, selected.rule, pieces, config, seed, schema, reasons),
         schema,
         {
             **cleaned_manifest(scored, config, seed),
             "tokens_by_reason": reasons,
-            "response_tokens": len(selected.keep),
+            "response_tokens": selected.tokens,
             "ranked_tokens": selected.ranked,
             "kept_tokens": selected.kept,
             "cut": selected.cut,
@@ -359,50 +362,34 @@ def _reasons(config: SelectionConfig) -> dict[int, str]:
     return REASONS | own | rule.reasons
 
 
-def _shared_mask(folder: Path, size: int, exchange: Exchange) -> np.ndarray:
-    """Room for the keep mask of a cleaned pool, bool (size,), in a file rather than in memory.
+def mask_beside(folder: Path, size: int) -> np.ndarray:
+    """Room for a keep mask, bool (size,), in a file rather than in memory; zeros at first.
 
-    All processes see the same bytes; zeros at first.
-    """
-    if size == 0:
-        return np.zeros(0, dtype=bool)
-    # What a killed process leaves of it is swept away when the folder is written.
-    made = partial_name(folder.with_name(folder.name + ".mask"))
-    try:
-        if exchange.rank == 0:
-            _reserve(made, size)
-        # Only the process that makes the file knows what it is called.
-        name = made.name.encode() if exchange.rank == 0 else b""
-        letters = exchange.gather(np.array(list(name), dtype=np.int64))
-        path = folder.parent / bytes(letters.tolist()).decode()
-        mask = np.memmap(path, dtype=np.bool_, mode="r+", shape=(size,))
-        exchange.barrier()
-        return mask
-    finally:
-        # A file without a name goes away with its maps, so nothing is left to close.
-        if exchange.rank == 0:
-            made.unlink(missing_ok=True)
+    The file has no name and goes away with the array, or with the process.
 
-
-def _reserve(path: Path, size: int) -> None:
-    """A file of zeros that has its room on the disk: a map without it is killed when it fills up.
+    Args:
+        folder: the cleaned pool to be; the file lies on the same disk.
 
     Raises:
-        OSError: naming the file, if there is no room.
+        NotWritten: naming the folder, if there is no room.
     """
-    with path.open("wb") as file:
-        if not hasattr(os, "posix_fallocate"):  # macOS
-            file.truncate(size)
-            return
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+    with writing_to(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if size == 0:
+            return np.zeros(0, dtype=bool)
+        with tempfile.TemporaryFile(dir=folder.parent) as file:
+            # Writing through a map to a disk that is full kills the process instead.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
+            return np.memmap(file, np.bool_, "r+", shape=(size,))
 
 
 def _cleaned_batches(
     scored: ScoredRows,
-    selected: Selected,
+    rule: Rule,
+    pieces: Iterator[np.ndarray],
     config: SelectionConfig,
     seed: int,
     schema: pa.Schema,
@@ -411,16 +398,20 @@ def _cleaned_batches(
     """Blocks of rows of the cleaned pool; every array runs over the tokens of a whole block.
 
     Args:
+        rule: as it was fitted.
+        pieces: of the keep mask of all rows, in order.
         tally: gets the number of response tokens by source and reason.
     """
-    pool, rule, stop = scored.pool, selected.rule, 0
+    pool, held = scored.pool, np.zeros(0, dtype=bool)
     rule.restart(seed, whole_samples=config.scope == "whole_sample")
     for part in scored.parts:
         rows, counts = scored.rows[part], scored.counts[part]
         lengths, input_ids = pool.input_ids.take(rows)
         response = pool.response_mask.take(rows)[1]
         answers = np.flatnonzero(response)
-        keep = selected.keep[stop : (stop := stop + len(answers))]
+        while len(held) < len(answers):
+            held = np.concatenate([held, next(pieces)])
+        keep, held = np.split(held, [len(answers)])
         block = scored.block(part, config)
         seen = np.repeat(config.exclude_seen & scored.seen[part], counts)
 

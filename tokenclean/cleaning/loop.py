@@ -85,6 +85,7 @@ from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.module import ScoringModule, score_pool
 from tokenclean.scoring.probe import Probe, sentence_ends, share, write_probe
+from tokenclean.scoring.shards import discard_shards
 from tokenclean.scoring.table import Column, ScoreTable
 from tokenclean.selection.exchange import here
 from tokenclean.selection.noise import PARTNERS
@@ -501,6 +502,7 @@ class CleaningLoop:
                     log.info("scored %d samples into %s", len(rows), folder)
                 cost.disk = directory_bytes([folder])
             self._known.add(folder)
+        discard_shards(folder)  # of a call that was killed before it had done so
         self._say_if_found(folder)
         return ScoreTable(folder)
 
@@ -700,7 +702,7 @@ class CleaningLoop:
         with self._measured("select", place) as cost:
             # Whatever it keeps: nothing is trained on it.
             selected = clean(scored, selection, self.seed + number, place / "cleaned")
-            cost.samples, cost.targets = len(rows), len(selected.keep)
+            cost.samples, cost.targets = len(rows), selected.tokens
             cost.disk = directory_bytes([place / "cleaned"])
 
     # -- probes, for keep: auto ---------------------------------------------------------------
@@ -825,7 +827,7 @@ class CleaningLoop:
         with self._measured("select", step) as cost:
             selected = clean(scored, selection, self.seed + scored.round, step / "cleaned")
             self._known.add(step / "cleaned")
-            cost.samples, cost.targets = len(scored.rows), len(selected.keep)
+            cost.samples, cost.targets = len(scored.rows), selected.tokens
             cost.disk = directory_bytes([step / "cleaned"])
         self._check_kept(step, selection.rule)
         if selected.rule.reasons:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, write_shard
+from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, TableWriter
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.data.template import fingerprint_tokenizer
 from tokenclean.publish import MANIFEST, complete_folder, read_manifest, write_json
@@ -113,8 +113,9 @@ class CleanedPool(ArrowTable):
         if not (unpacked / MANIFEST).is_file():
             with complete_folder(unpacked) as partial:
                 parquet = pq.ParquetFile(folder / DATA)
-                for number, batch in enumerate(parquet.iter_batches(ROWS_PER_SHARD)):
-                    write_shard(partial, number, batch)
+                with TableWriter(partial) as writer:
+                    for batch in parquet.iter_batches(ROWS_PER_SHARD):
+                        writer.write(batch)
                 write_json(partial / MANIFEST, manifest)
         super().__init__(unpacked, KIND)
         # The name that it is known by, not that of its unpacked copy.

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
 
-from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, ListColumn, list_array, write_shard
+from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, ListColumn, TableWriter, list_array
 from tokenclean.data.exports import reading_of
 from tokenclean.data.formats import BadLine, Reader, Sample, TokenSample, is_datasets_folder
 from tokenclean.data.pretokenised import Tokens, shown
@@ -385,7 +385,7 @@ class _Split:
         self.statistics: dict[str, SourceStatistics] = {}
         self.rows = 0
         self._buffer: list[tuple[Sample | TokenSample, TokenisedSample]] = []
-        self._shards = 0
+        self._writer = TableWriter(folder)
         self._schema: pa.Schema | None = None
 
     def add(self, sample: Sample | TokenSample, tokens: TokenisedSample) -> None:
@@ -452,14 +452,13 @@ class _Split:
             columns_data["truth"] = list_array(truths, pa.int8())
         if "order" in self._schema.names:
             columns_data["order"] = [s.order for s, _ in self._buffer]
-        batch = pa.record_batch(columns_data, schema=self._schema)
-        write_shard(self.folder, self._shards, batch)
-        self._shards += 1
+        self._writer.write(pa.record_batch(columns_data, schema=self._schema))
         self._buffer = []
 
     def finish(self, manifest: dict[str, Any]) -> None:
         if self._buffer:
             self._flush()
+        self._writer.close()
         if self.rows == 0:
             empty = {_cut_id(k): v.without_response for k, v in self.statistics.items()}
             if not empty:

@@ -247,7 +247,7 @@ class Tokeniser:
         results = []
         for i, sample in enumerate(samples):
             ids, offsets = encoded[i]
-            spans = _covering(offsets, rendered[i].responses)
+            spans = _covering(offsets, rendered[i].responses, rendered[i].text)
             self._verify(sample, rendered[i], ids, offsets, spans)
             results.append(self._finish(sample, rendered[i], ids, offsets, spans))
         return results
@@ -365,7 +365,7 @@ class Tokeniser:
                 ids.append(special)
                 offsets.append((start, stop))
         ids += around[1]
-        offsets += [(cursor, cursor)] * len(around[1])
+        offsets += [(0, 0)] * len(around[1])
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
     def _own_specials(self, rendered: Rendered) -> Iterator[tuple[int, int, int]]:
@@ -463,17 +463,23 @@ class Tokeniser:
         )
 
 
-def _covering(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def _covering(offsets: np.ndarray, spans: Sequence[tuple[int, int]], text: str) -> list[np.ndarray]:
     """For each span, indices of the tokens that share a character with it, and of all between them.
 
     Some byte-level tokenizers (GPT-NeoX's) trim blanks from offsets: a token that is nothing but
-    blanks then covers no character, yet stands between tokens that do.
+    blanks then covers no character, and has the one that it ends behind.
 
     Args:
         offsets: [start, end) characters of each token, ascending where they hold any; (T, 2).
     """
-    full = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
-    starts, ends = offsets[full, 0], offsets[full, 1]
+    starts, ends = offsets[:, 0].copy(), offsets[:, 1]
+    for token in np.flatnonzero((starts == ends) & (ends > 0)).tolist():
+        end = int(ends[token])
+        # not one that stands for no character, as SentencePiece's blank in front of a text
+        if text[end - 1].isspace() and (token == 0 or ends[token - 1] < end):
+            starts[token] = end - 1
+    full = np.flatnonzero(ends > starts)
+    starts, ends = starts[full], ends[full]
     edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
     firsts = np.searchsorted(ends, edges[:, 0], side="right")
     stops = np.searchsorted(starts, edges[:, 1], side="left")

@@ -1,9 +1,10 @@
 """What several processes tell one another about a pool that they select from together.
 
-Each holds a contiguous range of the pool's blocks, the first process the first range. All that they
-exchange are sums of integers: histograms add up, a count before a process is a sum with the later
-ones left out, and arrays end to end are a sum of arrays that are zero elsewhere. Integer sums do
-not depend on their order, so neither does a mask on the number of processes.
+Each holds a contiguous range of the pool's blocks, the first process the first range. To agree on a
+mask they exchange sums of integers alone: histograms add up, a count before a process is a sum with
+the later ones left out, and arrays end to end are a sum of arrays that are zero elsewhere. Integer
+sums do not depend on their order, so neither does a mask on the number of processes. Process 0 then
+asks the others for theirs, piece by piece.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+#: Tokens whose mask is sent at a time, and so what process 0 holds of the others' masks: 4 MB.
+PIECE = 1 << 22
 
 
 @dataclass
@@ -74,6 +78,38 @@ class Exchange:
         bits[start : start + len(values)] = np.ascontiguousarray(values).view(np.int64)
         return self.sum(bits).view(values.dtype)
 
+    def to_first(self, mask: np.ndarray) -> Iterator[np.ndarray]:
+        """The masks of all processes, end to end in their order, for process 0 to read.
+
+        All are to run through what is returned, to its end: process 0 asks for the next piece when
+        it wants it, and the others send theirs.
+
+        Args:
+            mask: bool, shape (n,); n may differ between processes.
+
+        Returns:
+            Pieces of at most `PIECE` tokens, bool; the other processes get none.
+
+        Raises:
+            ValueError: if another process has met an error.
+            ConnectionError: if one is gone without a word.
+        """
+        return self._pieces(mask, self._counts(len(mask)).tolist())
+
+    def _pieces(self, mask: np.ndarray, counts: list[int]) -> Iterator[np.ndarray]:
+        for rank, count in enumerate(counts):
+            for start in range(0, count, PIECE):
+                stop = min(start + PIECE, count)
+                if rank > 0:  # or process 0 has it
+                    self._raise_others(self._tell(None))
+                if self.rank not in (0, rank):
+                    continue
+                piece = mask[start:stop] if self.rank == rank else np.zeros(stop - start, bool)
+                if rank > 0:
+                    self._pass(piece, rank)
+                if self.rank == 0:
+                    yield piece
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.sum(np.zeros(1, dtype=np.int64))
@@ -114,6 +150,22 @@ class Exchange:
                 raise ConnectionError(f"another process is gone: {error}") from error
             self._over = False
         return total
+
+    def _pass(self, piece: np.ndarray, sender: int) -> None:
+        """Send a piece to process 0, or receive it there from its sender."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.from_numpy(piece.view(np.uint8))
+        self._over = True  # unless it arrives
+        try:
+            if self.rank == sender:
+                dist.send(tensor, group=self.group, group_dst=0)
+            else:
+                dist.recv(tensor, group=self.group, group_src=sender)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process is gone: {error}") from error
+        self._over = False
 
     def _tell(self, error: str | None) -> dict[int, str]:
         """Tell the others of an error, or that there is none; process -> message of those met."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -10,15 +9,16 @@ import numpy as np
 
 from tokenclean.named import Value
 from tokenclean.selection.exchange import Exchange
-from tokenclean.selection.rule import KEPT, TABLES, Blocks, Rule, TokenBlock, make_rule
-from tokenclean.selection.topk import (
-    FIRST,
-    Histogram,
-    kth_largest,
-    ordered_keys,
-    score_of,
-    top_mask,
+from tokenclean.selection.masks import (
+    Part,
+    decided,
+    global_masks,
+    ranked_keys,
+    sample_masks,
+    whole_sample_masks,
 )
+from tokenclean.selection.rule import TABLES, Blocks, Rule, make_rule
+from tokenclean.selection.topk import FIRST, Histogram, kth_largest, score_of
 
 Scope = Literal["global", "sample", "whole_sample"]
 #: A share in (0, 1], or what the pool itself says; see `tokenclean.selection.noise`.
@@ -128,8 +128,8 @@ class Selected:
 
     Attributes:
         keep: bool, one entry per response token in pool order; of this process's part.
-        ranked: response tokens that were ranked (all, less those of excluded rows); like what
-            follows, of all processes.
+        tokens: response tokens altogether; like what follows, of all processes.
+        ranked: response tokens that were ranked (all, less those of excluded rows).
         kept: number of kept tokens.
         cut: smallest score kept by rank, at global scope of a rule that ranks by score; else None.
         near_cut: share of the ranked tokens whose score is within the noise of the cut: those that
@@ -139,30 +139,12 @@ class Selected:
     """
 
     keep: np.ndarray
+    tokens: int
     ranked: int
     kept: int
     cut: float | None
     near_cut: float | None = None
     rule: Rule = field(default_factory=lambda: make_rule("full"))
-
-
-@dataclass
-class _Part:
-    """What this process ranks, and how; `before` are the rows and tokens of earlier processes."""
-
-    blocks: Blocks
-    rule: Rule
-    config: SelectionConfig
-    seed: int
-    exchange: Exchange
-    before: tuple[int, int] = (0, 0)
-
-    def restart(self, whole_samples: bool) -> None:
-        self.rule.restart(self.seed, whole_samples)
-        self.rule.skip(*self.before)
-
-
-Masks = Iterator[tuple[TokenBlock, np.ndarray]]
 
 
 def select(
@@ -203,7 +185,7 @@ def select(
     with exchange.together():
         rule = config.make()
         _fit(rule, config.rule, blocks, pool, exchange)
-        part = _Part(blocks, rule, config, seed, exchange, _before(rule, config, blocks, exchange))
+        part = Part(blocks, rule, config, seed, exchange, _before(rule, config, blocks, exchange))
         return _select(part, histogram if config.ranks_plainly else None, noise, out)
 
 
@@ -236,30 +218,30 @@ def _before(
 
 
 def _select(
-    part: _Part, histogram: Histogram | None, noise: float | None, out: np.ndarray | None
+    part: Part, histogram: Histogram | None, noise: float | None, out: np.ndarray | None
 ) -> Selected:
     rule, config, exchange = part.rule, part.config, part.exchange
     cut: float | None = None
     if not rule.ranked:
-        masks = _decided(part)
+        masks = decided(part)
     elif config.scope == "sample":
-        masks = _sample_masks(part)
+        masks = sample_masks(part)
     elif config.scope == "whole_sample":
-        masks = _whole_sample_masks(part)
+        masks = whole_sample_masks(part)
     else:
         if histogram is None:
             own = Histogram()
-            for _, _, keys in _ranked(part):
+            for _, _, keys in ranked_keys(part):
                 own.add(keys)
             histogram = own.summed(exchange)
         # End-of-sequence targets that go first may be more than the share.
         budget = max(int(histogram.total() * config.share), histogram.firsts())
         key, above, earlier = kth_largest(
-            lambda: (keys for _, _, keys in _ranked(part)), budget, histogram, exchange
+            lambda: (keys for _, _, keys in ranked_keys(part)), budget, histogram, exchange
         )
         if rule.by_score and key != FIRST:
             cut = score_of(key)
-        masks = _global_masks(part, key, budget - above - earlier)
+        masks = global_masks(part, key, budget - above - earlier)
 
     parts: list[np.ndarray] = []
     size = ranked = kept = near = 0
@@ -270,142 +252,19 @@ def _select(
             out[size : size + len(mask)] = mask
         size += len(mask)
         kept += int(np.count_nonzero(mask))
-        ranked += int(block.counts[_rankable(block, config)].sum())
+        ranked += int(block.counts[part.rankable(block)].sum())
         if cut is not None and noise is not None:
-            near += _near(block, rule, config, cut, noise)
-    ranked, kept, near = exchange.sum(np.array([ranked, kept, near], dtype=np.int64)).tolist()
+            near += part.near(block, cut, noise)
+    ours = np.array([size, ranked, kept, near], dtype=np.int64)
+    size, ranked, kept, near = exchange.sum(ours).tolist()
     if histogram is not None and histogram.total() != ranked:
         raise ValueError("the histogram is not that of these scores; make it again")
     return Selected(
         keep=np.concatenate([np.zeros(0, dtype=bool), *parts]) if out is None else out,
+        tokens=size,
         ranked=ranked,
         kept=kept,
         cut=cut,
         near_cut=None if cut is None or noise is None else near / ranked,
         rule=rule,
     )
-
-
-def _priority(rule: Rule, block: TokenBlock) -> np.ndarray:
-    values = rule.priority(block)
-    if values is None:
-        raise ValueError(
-            f"selection.rule: {type(rule).__name__} ranks, but has no method `priority`; give it "
-            "one, or set ranked = False and give it `decide`"
-        )
-    return values
-
-
-def _is_eos(block: TokenBlock) -> np.ndarray:
-    if block.is_eos is None:
-        raise ValueError("always_keep_eos needs to know the end-of-sequence targets")
-    return block.is_eos
-
-
-def _rankable(block: TokenBlock, config: SelectionConfig) -> np.ndarray:
-    """Rows that take part, bool (R,)."""
-    return ~block.seen if config.exclude_seen else np.ones(len(block.rows), dtype=bool)
-
-
-def _near(block: TokenBlock, rule: Rule, config: SelectionConfig, cut: float, noise: float) -> int:
-    """Tokens ranked by their score that lie within the noise of the cut."""
-    with np.errstate(invalid="ignore"):  # two equal infinities have no distance
-        near = np.abs(_priority(rule, block) - cut) <= noise
-    if config.exclude_seen:
-        near &= np.repeat(_rankable(block, config), block.counts)
-    if config.always_keep_eos:
-        near &= ~_is_eos(block)
-    return int(np.count_nonzero(near))
-
-
-def _decided(part: _Part) -> Masks:
-    for block in part.blocks():
-        mask = part.rule.decide(block) == KEPT
-        if part.config.always_keep_eos:
-            mask |= _is_eos(block)
-        yield block, mask & np.repeat(_rankable(block, part.config), block.counts)
-
-
-def _ranked(part: _Part) -> Iterator[tuple[TokenBlock, np.ndarray | slice, np.ndarray]]:
-    """Each block, where in it the tokens to be ranked are, and their keys."""
-    config = part.config
-    part.restart(whole_samples=False)
-    for block in part.blocks():
-        keys = ordered_keys(_priority(part.rule, block))
-        if config.always_keep_eos:
-            keys[_is_eos(block)] = FIRST
-        if config.exclude_seen:
-            where = np.repeat(_rankable(block, config), block.counts)
-            yield block, where, keys[where]
-        else:
-            yield block, slice(None), keys
-
-
-def _global_masks(part: _Part, cut: int, ties: int) -> Masks:
-    for block, where, keys in _ranked(part):
-        mask = np.zeros(block.size, dtype=bool)
-        mask[where], ties = top_mask(keys, cut, ties)
-        yield block, mask
-
-
-def _sample_masks(part: _Part) -> Masks:
-    config = part.config
-    for block, where, keys in _ranked(part):
-        counts = block.counts[_rankable(block, config)]
-        stops = np.cumsum(counts)
-        starts = stops - counts
-        row = np.repeat(np.arange(len(counts)), counts)
-        budget = (counts * config.share).astype(np.int64)
-        if config.always_keep_eos:
-            budget = np.maximum(budget, np.bincount(row[keys == FIRST], minlength=len(counts)))
-        cuts = np.full(len(counts), FIRST, dtype=np.uint64)
-        for i in np.flatnonzero(budget):
-            place = counts[i] - budget[i]
-            cuts[i] = np.partition(keys[starts[i] : stops[i]], place)[place]
-        above, equal = keys > cuts[row], keys == cuts[row]
-        ties = budget - np.bincount(row[above], minlength=len(counts))
-        # Of a row's tokens at its cut, the first ones.
-        earlier = np.concatenate([[0], np.cumsum(equal)])
-        top = above | (equal & (earlier[:-1] - earlier[starts[row]] < ties[row]))
-        mask = np.zeros(block.size, dtype=bool)
-        mask[where] = top
-        yield block, mask
-
-
-def _whole_sample_masks(part: _Part) -> Masks:
-    """Best samples first, as long as their tokens fit the budget.
-
-    Every process orders the samples of all: some 60 bytes per row in memory.
-    """
-    config, exchange = part.config, part.exchange
-    means, sizes = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-    for block, values in _values(part):
-        rankable = _rankable(block, config) & (block.counts > 0)
-        sums = np.add.reduceat(np.append(values, 0.0), np.cumsum(block.counts) - block.counts)
-        means.append(np.where(rankable, sums / np.maximum(block.counts, 1), -np.inf))
-        sizes.append(np.where(rankable, block.counts, 0))
-    start = exchange.before(sum(map(len, means)))
-    mean = exchange.gather(np.concatenate(means))
-    size = exchange.gather(np.concatenate(sizes))
-    order = np.argsort(-mean, kind="stable")  # of equals, the earlier row
-    fits = np.cumsum(size[order]) <= int(size.sum() * config.share)
-    chosen = np.zeros(len(size), dtype=bool)
-    chosen[order[fits]] = True
-    chosen &= size > 0
-    for block in part.blocks():
-        rows = chosen[start : (start := start + len(block.rows))]
-        yield block, np.repeat(rows, block.counts)
-
-
-def _values(part: _Part) -> Iterator[tuple[TokenBlock, np.ndarray]]:
-    """Each block with what its tokens are worth, float64, shape (n,).
-
-    Raises:
-        ValueError: if a value is NaN.
-    """
-    part.restart(whole_samples=True)
-    for block in part.blocks():
-        values = _priority(part.rule, block)
-        if np.isnan(values).any():
-            raise ValueError("scores contain NaN: the pass that produced them must be repeated")
-        yield block, values

@@ -43,7 +43,7 @@ CONTEXT = 361
 RESPONSES, KEEP, SUBSETS = 0.67, 0.6, 5
 
 # Measured, one process on one core of the development machine; SCALING.md says how.
-TOKENISE_NS, MERGE_NS, TABLE_NS, SELECT_NS, CLEANED_NS = 8_800, 53, 380, 170, 1_080
+TOKENISE_NS, MERGE_NS, TABLE_NS, SELECT_NS, CLEANED_NS = 8_800, 53, 380, 170, 2_080
 POOL_BYTES, TABLE_BYTES, SHARD_BYTES, CLEANED_BYTES = 4.2, 12.1, 4.05, 12.5
 #: bytes in memory, per row, of a process that scores: rows, lengths, counts, negative, responses
 #: (8 each, 42 measured), its place in a batch (8), Arrow's view of a shard (3 KB per 1,024 rows)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tokenclean import cli
 from tokenclean.costs import (
     COSTS,
     COSTS_TABLE,
@@ -20,6 +22,7 @@ from tokenclean.costs import (
     quantity,
     reset_peak,
 )
+from tokenclean.models import Network
 
 CPU = torch.device("cpu")
 
@@ -149,3 +152,31 @@ def test_the_peak_holds_what_was_allocated() -> None:
     tensor = torch.ones(64 * 2**20)  # 256 MiB
     assert peak_memory(CPU) >= before + 200 * 2**20
     del tensor
+
+
+@pytest.mark.parametrize("verb", ["fit", "score", "clean"])
+def test_a_disk_without_room_is_refused_before_a_model_is_read(
+    verb: str,
+    tmp_path: Path,
+    pool_file: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    free = SimpleNamespace(total=10**6, used=10**6 - 100, free=100)
+    monkeypatch.setattr("tokenclean.costs.shutil.disk_usage", lambda _: free)
+    arguments = [
+        *(verb, "--model.base.name", str(model_folder), "--data.path", str(pool_file)),
+        *("--outputs", str(tmp_path), "--data.cache_dir", str(tmp_path / "cache")),
+        *("--data.max_length", "128", "--name", "run"),
+    ]
+    if verb == "clean":
+        arguments += ["--loop.arms", '{"full": {"schedule": "fixed_model", "rule": "full"}}']
+    monkeypatch.setattr(Network, "load", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"--outputs: .*run is going to take about [\d.]+ [kM]B more.* 100 B left", error
+    )

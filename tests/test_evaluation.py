@@ -47,7 +47,13 @@ def write_pool(folder: Path, rows: list[dict[str, Any]], with_truth: bool = True
         writer.write(pa.record_batch(columns))
     write_json(
         folder / MANIFEST,
-        {"kind": "token pool", "rows": len(rows), "fingerprint": "x", "eos_id": EOS},
+        {
+            **dict.fromkeys(("fingerprint", "tokenizer", "vocabulary"), "x"),
+            "kind": "token pool",
+            "rows": len(rows),
+            "eos_id": EOS,
+            "statistics": {},
+        },
     )
     return TokenPool(folder)
 

@@ -326,6 +326,7 @@ def test_what_does_not_go_with_it_is_refused_first(
     file = write_jsonl(tmp_path / "given.jsonl", rows_of(GOOD))
     given = ("--logprobs", str(file))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").touch()
     for more, words in (
         (("--logprobs_model", "m"), "--logprobs_model: it goes with --logprobs"),
         (("--logprobs_content", "m"), "--logprobs_content: it goes with --logprobs"),

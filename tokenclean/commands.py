@@ -284,6 +284,7 @@ def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
     trainer: Any = cli.trainer
     ledger, arm = cli.ledger(begun), cli.folder.name
     tokenise(cli.datamodule, ledger, arm)
+    check_room(cli.folder, _fit_estimate(cli, module, timed=False)[1])
     with ledger.measure(arm, "train", network=lambda: module.network) as cost:
         keeps = bool(trainer.checkpoint_callbacks)  # --trainer.enable_checkpointing
         trainer.fit_within(checkpoints if keeps else None, module, cli.datamodule)
@@ -331,7 +332,8 @@ def score(argv: list[str]) -> None:
     _check_import(cli, module)
     cli.attach_tokenizer(module.base)
     if cli.estimate:
-        print(_score_estimate(cli, module))
+        planner, costs = _score_estimate(cli, module)
+        print(planner.report(costs))
         return
     with open_run(cli.folder, cli.plain):
         _score(cli, module, begun)
@@ -357,6 +359,7 @@ def _score(cli: _Cli, module: ScoringModule, begun: float) -> None:
         name = cli.plain.get("logprobs_model")
         import_logprobs(Path(given), rows, table, name, trained_on and Path(trained_on))
     else:
+        check_room(cli.folder, _score_estimate(cli, module, timed=False)[1])
         with ledger.measure(arm, "score", network=lambda: module.network) as cost:
             module.load(trainer.strategy.root_device)
             assert module.network is not None
@@ -562,8 +565,7 @@ def clean(argv: list[str]) -> None:
     with open_run(cli.folder, cli.plain):
         loop.prepare()
         if not (cli.folder / SUMMARY).is_file():
-            planner = _planner(cli, cli.model, scoring_precision, timed=False)
-            costs = planner.clean(loop.loop, loop.selection, cli.model.save_merged)
+            costs = _clean_estimate(cli, loop, scoring_precision, timed=False)[1]
             check_room(cli.folder, costs)
         summary = loop.run()
         results = summary.pop("results")
@@ -632,11 +634,11 @@ def _loop(argv: list[str], begun: float) -> tuple[_Cli, CleaningLoop, str]:
 
 
 def _clean_estimate(
-    cli: _Cli, loop: CleaningLoop, scoring_precision: str
+    cli: _Cli, loop: CleaningLoop, scoring_precision: str, timed: bool = True
 ) -> tuple[Planner, list[Cost]]:
-    pool = cli.prepared()
+    pool = cli.prepared() if timed else []
     loop.check()
-    planner = _planner(cli, cli.model, scoring_precision)
+    planner = _planner(cli, cli.model, scoring_precision, timed)
     return planner, [*pool, *planner.clean(loop.loop, loop.selection, cli.model.save_merged)]
 
 
@@ -672,11 +674,13 @@ def _planner(
     )
 
 
-def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> tuple[Planner, list[Cost]]:
-    costs = cli.prepared()
+def _fit_estimate(
+    cli: _Cli, module: CleanedSFTModule, timed: bool = True
+) -> tuple[Planner, list[Cost]]:
+    costs = cli.prepared() if timed else []
     data: TuluDataModule = cli.datamodule
     # validation runs in the precision of training
-    planner = _planner(cli, module, str(cli.trainer.precision))
+    planner = _planner(cli, module, str(cli.trainer.precision), timed)
     rows = Rows.of(data.trained_rows())
     stack = len(module.adapters)
     cost = planner.train(cli.folder.name, rows, stack=stack, at_once=module.weighs_globally)
@@ -688,18 +692,21 @@ def _fit_estimate(cli: _Cli, module: CleanedSFTModule) -> tuple[Planner, list[Co
     return planner, [*costs, cost]
 
 
-def _score_estimate(cli: _Cli, module: ScoringModule) -> str:
-    costs = cli.prepared()
+def _score_estimate(
+    cli: _Cli, module: ScoringModule, timed: bool = True
+) -> tuple[Planner, list[Cost]]:
+    costs = cli.prepared() if timed else []
     data: TuluDataModule = cli.datamodule
     # of the adapters, which are not read, the paper's size is assumed
     trainer = cli.trainer
-    planner = Planner(data, module.base, LoraSettings(), trainer, str(trainer.precision))
+    precision = str(trainer.precision)
+    planner = Planner(data, module.base, LoraSettings(), trainer, precision, timed=timed)
     rows = Rows.of(data.scored_rows())
     depth = len(module.adapters)
     costs.append(planner.score(cli.folder.name, rows, stack=depth, columns=module.columns))
     if cli.plain["probe"]:
         costs.append(planner.probe(cli.folder.name, rows, stack=depth)[-1])
-    return planner.report(costs)
+    return planner, costs
 
 
 def _shape(base: BaseConfig) -> ModelShape:

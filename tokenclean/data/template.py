@@ -31,7 +31,7 @@ SpecialText = Literal["text", "refuse"]
 #: Characters of a text that an error quotes.
 _QUOTED = 200
 #: Part of every fingerprint: raise it when rendering or the response rule changes.
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2
 
 
 @dataclass

@@ -42,12 +42,12 @@ TOKENS_PER_ROW = 482
 CONTEXT = 361
 RESPONSES, KEEP, SUBSETS = 0.67, 0.6, 5
 
-# Measured, one process on one core of the development machine; SCALING.md says how.
-TOKENISE_NS, MERGE_NS, TABLE_NS, SELECT_NS, CLEANED_NS = 8_800, 53, 380, 170, 2_080
-POOL_BYTES, TABLE_BYTES, SHARD_BYTES, CLEANED_BYTES = 4.2, 12.1, 4.05, 12.5
-#: bytes in memory, per row, of a process that scores: rows, lengths, counts, negative, responses
-#: (8 each, 42 measured), its place in a batch (8), Arrow's view of a shard (3 KB per 1,024 rows)
-ROW_BYTES = 53
+# Measured by scripts/scaling_rates.py: one process, one core; SCALING.md says on what.
+TOKENISE_NS, MERGE_NS, TABLE_NS, SELECT_NS, CLEANED_NS = 4_000, 30, 95, 41, 390
+POOL_BYTES, TABLE_BYTES, SHARD_BYTES, CLEANED_BYTES = 4.2, 12.1, 4.05, 12.4
+#: bytes in memory, per row, of a process that scores: `TokenRows` 42.4 (rows, lengths, counts,
+#: negative, responses), its place in a batch 8.3, Arrow's view of the pool 7.7
+ROW_BYTES = 58
 #: bytes/s of SHA-256 on that core; bytes of JSON text per token (a guess)
 HASHED, TEXT_BYTES = 0.3e9, 4.5
 #: seconds that processes wait for one of them before they give up (torch's and Lightning's default)

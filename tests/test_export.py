@@ -840,6 +840,8 @@ def test_another_content_is_another_export(
     elif what == "data":
         table = pq.read_table(pool / "cleaned" / "data.parquet")
         pq.write_table(table.slice(1), pool / "cleaned" / "data.parquet")
+        path = pool / "cleaned" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
     with pytest.raises(ValueError, match=r"holds another export .*--overwrite"):
         exported(pool, "trl", *more)
 
@@ -869,7 +871,7 @@ def test_a_pool_of_an_older_version(tmp_path: Path, characters: str) -> None:
     """Without the newer keys of its manifest and the newer column of its data."""
     folder = write_pool(tmp_path / "cleaned", hand_rows(), CHARACTERS)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for key in ("rule_options", "cut", "reasons", "base"):
+    for key in ("rule_options", "cut", "reasons", "base", "files"):
         del manifest[key]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     table = pq.read_table(folder / "data.parquet").drop_columns("priority")

@@ -86,7 +86,7 @@ def test_quick_replaces_what_it_names() -> None:
         ({"configs": []}, r"study\.configs"),
         ({"seeds": []}, r"study\.seeds"),
         ({"seeds": [1, 1]}, r"study\.seeds"),
-        ({"variants": {"a/b": Variant()}}, "folder name"),
+        ({"variants": {"a/b": Variant()}}, "separator of folders"),
         ({"variants": {"a": Variant(warmup_of="b"), "b": Variant()}}, r"a\.warmup_of: 'b'"),
         ({"variants": {"a": Variant(planted={"samples": 3})}}, r"study\.planted is null"),
         (

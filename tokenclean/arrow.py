@@ -24,6 +24,8 @@ from tokenclean.publish import MANIFEST, read_manifest
 #: Rows per shard, and so what a writer holds in memory: some MB for samples of ordinary length.
 ROWS_PER_SHARD = 1024
 SHARDS_PER_FILE = 64
+#: Strings of `write_texts` in one record batch, which may have 2 GB.
+_TEXTS = 1 << 16
 #: Values looked at at a time: enough to forget Python, few enough to stay in the cache.
 BLOCK_VALUES = 1 << 17
 
@@ -77,13 +79,43 @@ class TableWriter:
             self.close()
 
 
-def write_shard(folder: Path, number: int, batch: pa.RecordBatch) -> None:
-    """Write one record batch as a file of its own."""
+def write_texts(path: Path, values: Sequence[str]) -> None:
+    """Write strings as a file of their own, beside the parts of a table."""
     with (
-        pa.OSFile(str(folder / f"part-{number:05d}.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, batch.schema) as writer,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("value", pa.string())])) as writer,
     ):
-        writer.write_batch(batch)
+        for first in range(0, len(values), _TEXTS):
+            some = pa.array(values[first : first + _TEXTS], pa.string())
+            writer.write_batch(pa.record_batch({"value": some}))
+
+
+def read_texts(path: Path) -> pa.ChunkedArray:
+    """The strings of such a file, on its memory map.
+
+    Raises:
+        ValueError: naming the file, if it is not what `write_texts` wrote.
+    """
+    try:
+        chunks = [batch.column("value") for batch in _batches_of(path)]
+        return pa.chunked_array(chunks, pa.string())
+    except (KeyError, TypeError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _batches_of(path: Path) -> list[pa.RecordBatch]:
+    try:
+        # The arrays keep their map alive.
+        reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {str(error)[:200]}; delete the folder and write it again"
+    )
 
 
 def list_array(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.ListArray:
@@ -254,11 +286,7 @@ class TextColumn(_Column, Sequence[str]):
         if not isinstance(values, pa.ChunkedArray):
             values = pa.chunked_array([pa.array(sorted(values), pa.string())])
         # One call for all chunks, so that the values are hashed once.
-        return pc.is_in(self.whole(), value_set=values).to_numpy()
-
-    def whole(self) -> pa.ChunkedArray:
-        """The column as Arrow has it."""
-        return pa.chunked_array(self._chunks, pa.string())
+        return pc.is_in(pa.chunked_array(self._chunks, pa.string()), value_set=values).to_numpy()
 
 
 class ArrowTable:
@@ -285,14 +313,7 @@ class ArrowTable:
         parts = sorted(self.folder.glob("part-*.arrow"))
         self._batches: list[pa.RecordBatch] = []
         for part in parts:
-            try:
-                # The arrays keep their map alive.
-                reader = pa.ipc.open_file(pa.memory_map(str(part), "r"))
-                self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(
-                    f"{part} is damaged: {str(error)[:200]}; delete the folder and write it again"
-                ) from error
+            self._batches += _batches_of(part)
         rows = sum(b.num_rows for b in self._batches)
         if rows != self.manifest["rows"]:
             raise ValueError(

@@ -145,6 +145,9 @@ class Checkpoints(Checkpoint):
         trainer.fitting.enter_context(interrupts.deferred())
         self._last = time.monotonic()
         self._saved = trainer.global_step
+        if trainer.global_step:
+            # A call that was killed may have left the one before, too.
+            self._drop_others(trainer, trainer.global_step)
         if trainer.world_size > 1:
             step = torch.tensor([trainer.global_step], device=trainer.strategy.root_device)
             steps = trainer.strategy.all_gather(step).flatten().tolist()
@@ -212,7 +215,10 @@ class Checkpoints(Checkpoint):
         path = self.folder / file_name(trainer.global_step)
         trainer.save_checkpoint(path)
         self._saved, self._last = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero:
+        self._drop_others(trainer, trainer.global_step)
+
+    def _drop_others(self, trainer: Any, step: int) -> None:
+        if trainer.is_global_zero and self.folder is not None:
             for other in self.folder.glob("step-*.ckpt"):
-                if other != path:
+                if other.name != file_name(step):
                     other.unlink(missing_ok=True)

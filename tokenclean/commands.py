@@ -78,7 +78,7 @@ from tokenclean.runs import (
 from tokenclean.scoring.attributes import AttributeSettings
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.logprobs import check_file, import_logprobs
-from tokenclean.scoring.module import ScoringModule, score_pool
+from tokenclean.scoring.module import ScoringModule, score_pool, splits_layers
 from tokenclean.scoring.probe import Probe, sentence_ends, write_probe
 from tokenclean.scoring.shards import discard_shards
 from tokenclean.scoring.table import ScoreTable
@@ -276,16 +276,40 @@ def fit(argv: list[str]) -> None:
 
 def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
     result = cli.folder / ("model" if module.lora is None else "adapter")
-    merged = cli.folder / "merged" if module.save_merged and module.lora is not None else None
-    if (result / TRAINED_IDS).is_file() and (cli.folder / SUMMARY).is_file():
+    there = (result / TRAINED_IDS).is_file()
+    if there and (cli.folder / SUMMARY).is_file():
         print(f"{cli.folder}: finished before; {(cli.folder / SUMMARY)}")
         return
+    ledger = cli.ledger(begun)
+    tokenise(cli.datamodule, ledger, cli.folder.name)
+    measured: dict[str, Any] = {}
+    if there:  # a call was killed between the two: what it measured is lost, what it made is not
+        log.info("%s is there already", result)
+    else:
+        check_room(cli.folder, _fit_estimate(cli, module, timed=False)[1])
+        measured = _train(cli, module, ledger, result)
+    if cli.trainer.is_global_zero:
+        ledger.store()
+        rows = cli.datamodule.trained_rows()
+        write_summary(
+            cli.folder,
+            {
+                "samples": len(rows),
+                "kept_tokens": int((rows.counts - rows.negative).sum()),
+                "response_tokens": int(rows.responses.sum()),
+                **measured,
+                **ledger.summary(),
+                "result": str(result),
+            },
+        )
+
+
+def _train(cli: _Cli, module: CleanedSFTModule, ledger: Ledger, result: Path) -> dict[str, Any]:
+    """Train and publish; returns what was measured on the way."""
+    merged = cli.folder / "merged" if module.save_merged and module.lora is not None else None
     checkpoints = cli.folder / "checkpoints"
     trainer: Any = cli.trainer
-    ledger, arm = cli.ledger(begun), cli.folder.name
-    tokenise(cli.datamodule, ledger, arm)
-    check_room(cli.folder, _fit_estimate(cli, module, timed=False)[1])
-    with ledger.measure(arm, "train", network=lambda: module.network) as cost:
+    with ledger.measure(cli.folder.name, "train", network=lambda: module.network) as cost:
         keeps = bool(trainer.checkpoint_callbacks)  # --trainer.enable_checkpointing
         trainer.fit_within(checkpoints if keeps else None, module, cli.datamodule)
         assert module.network is not None
@@ -296,7 +320,8 @@ def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
         ids = set(rows.ids_with_targets()).union(*map(trained_ids, before))
         if trainer.is_global_zero:
             tokenizer = cli.datamodule.tokeniser.tokenizer
-            if merged is not None:  # before the result, which says that all is done
+            # before the result, which says that all is done
+            if merged is not None and not (merged / MANIFEST).is_file():
                 with complete_folder(merged) as partial:
                     module.network.save_merged(partial, tokenizer)
             with complete_folder(result) as partial:
@@ -308,20 +333,7 @@ def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
         shape = _shape(module.base)
         charge_training(cost, shape, cli.datamodule, rows, trainer, module.lora)
         cost.disk = directory_bytes([result, checkpoints, cli.folder / "merged"])
-    if trainer.is_global_zero:
-        ledger.store()
-        write_summary(
-            cli.folder,
-            {
-                "steps": trainer.global_step,
-                "samples": len(rows),
-                "kept_tokens": int((rows.counts - rows.negative).sum()),
-                "response_tokens": int(rows.responses.sum()),
-                **module.metrics(),
-                **ledger.summary(),
-                "result": str(result),
-            },
-        )
+    return {"steps": trainer.global_step, **module.metrics()}
 
 
 def score(argv: list[str]) -> None:
@@ -359,6 +371,7 @@ def _score(cli: _Cli, module: ScoringModule, begun: float) -> None:
         name = cli.plain.get("logprobs_model")
         import_logprobs(Path(given), rows, table, name, trained_on and Path(trained_on))
     else:
+        _check_processes(cli, module.base)
         check_room(cli.folder, _score_estimate(cli, module, timed=False)[1])
         with ledger.measure(arm, "score", network=lambda: module.network) as cost:
             module.load(trainer.strategy.root_device)
@@ -429,10 +442,19 @@ def _check_import(cli: _Cli, module: ScoringModule) -> None:
             )
 
 
+def _check_processes(cli: _Cli, base: BaseConfig) -> None:
+    """Refuse what does not go with several processes, before weights are read."""
+    if cli.plain["probe"] and cli.trainer.world_size > 1:
+        raise ValueError("--probe: it runs on one device; score on one (--trainer.devices 1)")
+    if base.load_in_4bit and splits_layers(cli.trainer):
+        raise ValueError(
+            "model.base.load_in_4bit: 4-bit weights cannot be split (trainer.strategy: fsdp2); "
+            "take ddp, which keeps the whole model on every device"
+        )
+
+
 def _write_probe(cli: _Cli, network: Network, rows: np.ndarray) -> TokenRows:
     """Make the run's probe; the rows that it looked at, none if it was there already."""
-    if cli.trainer.world_size > 1:
-        raise ValueError("--probe: it runs on one device; score on one (--trainer.devices 1)")
     data: TuluDataModule = cli.datamodule
     if data.targets == "prompt":
         raise ValueError("--probe: it looks at responses; leave data.targets out")

@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_exchange import in_processes
 
 from tokenclean.arrow import TableWriter, list_array
 from tokenclean.cleaning import apply
 from tokenclean.cleaning.apply import ScoredRows, clean
+from tokenclean.data.cleaned import DATA
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.publish import MANIFEST, complete_folder, write_json
 from tokenclean.scoring.table import ScoreTable, write_scores
 from tokenclean.selection import exchange as exchanges
 from tokenclean.selection.exchange import Exchange
+from tokenclean.selection.rule import KEPT
 from tokenclean.selection.select import SelectionConfig
 
 ROWS = 40
@@ -95,6 +98,9 @@ def test_the_cleaned_pool_has_the_same_bytes(
         assert 0 < alone.kept < alone.ranked
         assert files(f"together_{i}") == files(f"alone_{i}")
         assert len(alone.keep) == alone.tokens
+        stored = pq.read_table(tmp_path / f"together_{i}" / DATA).to_pydict()
+        reasons, responses = (np.concatenate(stored[n]) for n in ("reason", "response_mask"))
+        assert ((reasons[responses] == KEPT) == alone.keep).all()
         assert np.array_equal(np.concatenate([found[i][0] for found in together]), alone.keep)
         for found in together:
             assert 0 < len(found[i][0]) < alone.tokens

@@ -2,7 +2,7 @@
 
 Embeddings, last norm and head stay whole: losses are computed from the head's weight outside of its
 module. What is trained of them is averaged by hand. Every pass gathers layers from all processes,
-so each process must make as many as the others; `no_samples` fills up.
+so each process must make as many as the others, in scoring as in training; `no_samples` fills up.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def shard(hf: Any, device: torch.device) -> None:
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
             f"trainer.strategy: the layers of {type(hf).__name__} are not known well enough to "
-            "shard them; train on several devices with ddp"
+            "shard them; take ddp, which keeps the whole model on every device"
         )
     if getattr(hf, "is_quantized", False):
         raise ValueError(
-            "trainer.strategy: 4-bit weights cannot be sharded; train on several devices with ddp"
+            "trainer.strategy: 4-bit weights cannot be sharded; take ddp, which keeps the whole "
+            "model on every device"
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     within = {id(p) for p in layers.parameters()}

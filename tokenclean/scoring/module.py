@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from tokenclean.data.batches import Batch, collate, plan_batches
@@ -31,6 +32,8 @@ from tokenclean.models import (
     load_tokenizer,
     trained_ids,
 )
+from tokenclean.models.sharding import no_samples, shard
+from tokenclean.publish import write_text
 from tokenclean.scoring.attributes import AttributeSettings, TokenAttributes
 from tokenclean.scoring.cache import ScoreCache
 from tokenclean.scoring.table import Column, ScoreTable
@@ -49,6 +52,10 @@ class ScoringModule(LightningModule):
     ``precision: 16-mixed`` (the default there): rounding to bfloat16 moves several times as many
     tokens across the cut. Adapters are merged into a copy of the weights for the pass; see
     `Network.merged`.
+
+    Under FSDP2 (``trainer.strategy: fsdp2``) each process holds a part of every decoder layer, and
+    all compute side by side: one that has no batch left computes a pass that is thrown away.
+    Adapters are not merged then.
 
     Attributes:
         noise: after a pass, what its precision and batches did to the losses: ``p50``, ``p99`` and
@@ -100,11 +107,27 @@ class ScoringModule(LightningModule):
         self._attributes: TokenAttributes | None = None
 
     def configure_model(self) -> None:
-        """Load the weights, unless that was done before."""
+        """Load the weights, unless that was done before, and split them under FSDP2.
+
+        A network that is split cannot be put together again: it is good for one pass.
+        """
         check_precision(self)
-        self.load(self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        self.load(device)
         assert self.network is not None
         use_layout(self, self.network)
+        if self._shards:
+            shard(self.network.hf, device)
+
+    @property
+    def _shards(self) -> bool:
+        """Whether the network's layers are split over the processes (FSDP2)."""
+        return splits_layers(self.trainer)
+
+    @property
+    def _waited_for(self) -> bool:
+        """Whether a pass that this process breaks off leaves others waiting in theirs."""
+        return self._shards and self.trainer.world_size > 1
 
     def load(self, device: torch.device) -> None:
         """Read base and adapters, unless a network was handed over.
@@ -140,9 +163,15 @@ class ScoringModule(LightningModule):
 
         Raises:
             FloatingPointError: naming the first sample with a loss that is not finite.
-            ValueError: naming a sample that does not fit into the device's memory by itself.
+            ValueError: naming a sample that does not fit into the device's memory by itself, or
+                under FSDP2 the size of the batch that does not.
         """
         assert self.network is not None
+        if self._shards and not batch.rows:
+            # Through all that a batch goes through: the others gather as many layers.
+            filler = no_samples(self.network.layout).to(self.device)
+            found = self._computed(filler)[:, :0]
+            return found if self.columns else found[0]
         found = torch.cat([self._checked(part) for part in self._fitting(batch)], dim=1)
         return found if self.columns else found[0]
 
@@ -159,10 +188,8 @@ class ScoringModule(LightningModule):
 
     def _checked(self, batch: Batch) -> Tensor:
         """Losses and columns of a batch, (1 + columns, N), computed in parts if it must be."""
-        assert self.network is not None
         try:
-            with self.network.clock(batch.tokens):
-                found = torch.stack(self._statistics(batch))
+            found = self._computed(batch)
         except torch.OutOfMemoryError as error:
             self._halve(batch, error)
         else:
@@ -173,11 +200,17 @@ class ScoringModule(LightningModule):
             torch.cuda.empty_cache()
         return torch.cat([self._checked(part) for part in self._fitting(batch)], dim=1)
 
+    def _computed(self, batch: Batch) -> Tensor:
+        """Losses and columns of a batch in one go, (1 + columns, N)."""
+        assert self.network is not None
+        with self.network.clock(batch.tokens):
+            return torch.stack(self._statistics(batch))
+
     def _halve(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
         """Lower the limit to half of a batch that did not fit.
 
         Raises:
-            ValueError: if it is one sample alone.
+            ValueError: if it is one sample alone, or other processes would wait meanwhile.
         """
         if len(batch.rows) <= 1:
             name = self._name(batch.rows[0]) if batch.rows else "an empty batch"
@@ -185,6 +218,13 @@ class ScoringModule(LightningModule):
                 f"out of memory: {name} alone, {batch.tokens} tokens, does not fit; lower "
                 "data.max_length, take smaller weights (--model.base.dtype bfloat16, "
                 "--model.base.load_in_4bit true) or a device with more memory "
+                f"({str(error).splitlines()[0] if str(error) else 'no details'})"
+            ) from error
+        if self._waited_for:
+            raise ValueError(
+                f"out of memory in a pass over {batch.tokens} tokens, where other processes wait "
+                "for this one: score on more devices, or under another --name with "
+                f"--data.token_budget {batch.tokens // 2} "
                 f"({str(error).splitlines()[0] if str(error) else 'no details'})"
             ) from error
         first = self.limit is None
@@ -230,19 +270,34 @@ class ScoringModule(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         self._merged.close()
-        if self.writer is None or self.writer.values is None:
+        if self.writer is None or not self.writer.ran:
+            return
+        if self.writer.values is None and not self._shards:
             return  # another process has them
+        unmeasured = self.writer.shards.unmeasured
+        if self._shards and unmeasured.is_file():
+            said = unmeasured.read_text(encoding="utf-8")
+            log.warning("the noise of the scores is not measured: %s", said)
+            return
+        losses = None if self.writer.values is None else self.writer.values[0]
         try:
-            self.noise = self._measure_noise(self.writer.values[0])
+            self.noise = self._measure_noise(losses)
         except (RuntimeError, TypeError) as error:
+            if self._waited_for and isinstance(error, torch.OutOfMemoryError):
+                write_text(unmeasured, "memory ran out in an earlier call")
+                raise ValueError(
+                    f"out of memory as the noise of the scores was measured ({error}); all is "
+                    "scored, and the same command ends without that measurement"
+                ) from error
             # No reason to lose a finished pass.
             log.warning("the noise of the scores could not be measured: %s", error)
 
-    def _measure_noise(self, losses: np.ndarray) -> dict[str, float]:
+    def _measure_noise(self, losses: np.ndarray | None) -> dict[str, float]:
         """Score some samples again, as exactly as float32 can.
 
         Args:
-            losses: of all targets of the rows, end to end, float32, shape (n,).
+            losses: of all targets of the rows, end to end, float32, shape (n,); None on a process
+                that has them not and computes along, which returns nothing.
         """
         assert self.network is not None
         planned, gaps = self._planned, [torch.zeros(0)]
@@ -254,6 +309,8 @@ class ScoringModule(LightningModule):
             batch = collate([planned.rows[int(place)]], "padded").to(self.device)
             with self.network.clock(batch.tokens), in_float32(self.device):
                 exact: Tensor = self.network(batch)
+            if losses is None:
+                continue
             stored = losses[ends[place] - len(exact) : ends[place]]
             gaps.append((torch.from_numpy(np.array(stored)) - exact.cpu()).abs())
         gap = torch.cat(gaps).double()
@@ -284,6 +341,11 @@ def use_layout(module: LightningModule, network: Network) -> None:
         data.layout = network.layout
 
 
+def splits_layers(trainer: Trainer) -> bool:
+    """Whether a trainer's strategy splits decoder layers over the processes (FSDP2)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
 def check_precision(module: LightningModule) -> None:
     """Refuse ``16-true`` and ``bf16-true``.
 
@@ -311,7 +373,7 @@ def score_pool(
     What an earlier call computed of it is not computed again: see `Shards`.
 
     Args:
-        module: with its network loaded.
+        module: with its network loaded, whole; under FSDP2 it is in parts afterwards.
         trainer: a fresh one, whose processes see one file system.
         data: plans the batches.
         rows: the rows of a token pool to score, ascending.
@@ -329,6 +391,9 @@ def score_pool(
     """
     pool, network = rows.table, module.network
     assert isinstance(pool, TokenPool) and network is not None
+    if splits_layers(trainer) and network.depth:
+        # Merged weights would not fit, and the table says what was done.
+        network.speed = replace(network.speed, merge=False)
     manifest = score_manifest(pool, module.base, module.adapters, network, budget, trainer)
     data.layout = network.layout
     planned = data.planned(rows)

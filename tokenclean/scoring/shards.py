@@ -2,8 +2,8 @@
 
 The batch plan is cut into *shards* of neighbouring batches, by nothing but the plan itself. A shard
 is published as one file as soon as its last batch is computed. A pass that is started again, with
-however many processes, computes those that are missing. Batches are never cut anew: a sample gets
-other low bits in a batch of another shape.
+however many processes and whether or not they hold the model in parts, computes those that are
+missing. Batches are never cut anew: a sample gets other low bits in a batch of another shape.
 
 A shard's file is an Arrow IPC stream, one row per sample: ``row`` (pool row) and one list<float32>
 for the losses and each further column. The SHA-256 of the stream follows it, which readers of such
@@ -205,6 +205,11 @@ class Shards:
     def remove(self) -> None:
         """Remove what is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def unmeasured(self) -> Path:
+        """A file that says why the noise of a pass is not measured, if it should not be."""
+        return self.folder / "unmeasured.txt"
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.arrows"

@@ -16,7 +16,7 @@ from tokenclean.cleaning.results import ArmResult, results_markdown
 from tokenclean.costs import COSTS, SHARED, Cost, quantity, seconds_text
 from tokenclean.parsing import Parser, allow
 from tokenclean.publish import write_json, write_text
-from tokenclean.runs import SUMMARY, check_run, open_run, run_folder, write_summary
+from tokenclean.runs import SUMMARY, check_run, locked, open_run, run_folder, write_summary
 from tokenclean.study.config import Quick, Reference, StudyConfig, Variant
 from tokenclean.study.driver import (
     STUDY,
@@ -77,10 +77,12 @@ def study(argv: list[str]) -> None:
         return
     check_run(folder, plain)
     cells = plan_study(settings, folder)
-    with open_run(folder, plain):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):  # not opened yet: one that costs too much leaves no run behind
         write_data(settings, folder)
         if not all(cell.finished for cell in cells):
             print(_estimate(cells, settings), flush=True)
+    with open_run(folder, plain):
         _store(settings, cells, folder, {})
         failed = run_study(cells, commands.fit, commands.clean)
         _store(settings, cells, folder, failed)

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenclean.arrow import ROWS_PER_SHARD, TableWriter, lists_of
+from tokenclean.arrow import ROWS_PER_SHARD, TableWriter, lists_of, read_texts, write_texts
 from tokenclean.cleaning.apply import ScoredRows, mask_beside
 from tokenclean.data.batches import plan_batches, plan_epoch
 from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.pool import KIND, TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.publish import MANIFEST, complete_folder, write_json
+from tokenclean.scoring.table import TRAINED_ON
 from tokenclean.selection.select import SelectionConfig, select
 
 KEEP, PROMPT, SEED = 0.6, 4, 7
@@ -120,8 +121,8 @@ class Generated:
     def check_pool(self, pool: TokenPool) -> None:
         pass
 
-    def trained_on(self) -> set[str]:
-        return set()
+    def trained_on(self) -> pa.ChunkedArray:
+        return pa.chunked_array([], pa.string())
 
     def of_rows(self, rows: np.ndarray, column: str) -> tuple[np.ndarray, np.ndarray]:
         start, stop = self._starts[rows[0]], self._starts[rows[-1] + 1]
@@ -199,19 +200,14 @@ def _object(folder: Path, make: Callable[[TokenPool], Any]) -> Facts:
 
 
 def _among(folder: Path) -> Facts:
-    pool = TokenPool(folder)
-    some = {pool.ids[row] for row in range(0, len(pool), 10)}
+    """Every tenth row is found by its id, as `ScoreTable.trained_on` gives them."""
+    pool, path = TokenPool(folder), folder.parent / TRAINED_ON
+    write_texts(path, [pool.ids[row] for row in range(0, len(pool), 10)])
     facts: Facts = {"rows": len(pool)}
     with measured(facts):
-        found = pool.ids.among(some)
-    facts["found"] = int(found.sum())
-    assert facts["found"] == len(some)
+        found = pool.ids.among(read_texts(path))
+    assert np.array_equal(np.flatnonzero(found), np.arange(0, len(pool), 10))
     return facts
-
-
-def _trained_on(folder: Path) -> Facts:
-    """The ids of a tenth of the rows as `ScoreTable.trained_on` gives them: a set of strings."""
-    return _object(folder, lambda pool: {pool.ids[row] for row in range(0, len(pool), 10)})
 
 
 def _subsets(pool: TokenPool) -> list[np.ndarray]:
@@ -302,7 +298,6 @@ def check(mask: np.ndarray, n: int, cut: float, wanted: int) -> Facts:
 OBJECTS: dict[str, Callable[[Path], Facts]] = {
     "open the TokenPool": _open,
     "ids.among, a tenth of the ids": _among,
-    "a set of a tenth of the ids": _trained_on,
     "subset_rows, 6 parts": lambda folder: _object(folder, _subsets),
     "TokenRows": lambda folder: _object(folder, TokenRows),
     "plan_batches, 16,384 tokens": _batches,

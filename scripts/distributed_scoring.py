@@ -5,8 +5,8 @@
 Scores a planted pool with the embedded base under ``torchrun`` (gloo, CPU, one thread each), kills
 runs with SIGKILL half-way and restarts them with another number of processes, stops one with
 SIGTERM, and compares every score table with that of one process byte for byte, manifest included.
-Then selects against a reference from each table and compares the cleaned pools. About 25 seconds
-per run, most of them start-up.
+Processes hold the model whole (DDP) or in parts (FSDP2). Then selects against a reference from each
+table and compares the cleaned pools. About 25 seconds per run, most of them start-up.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ class Passes:
                 torch.nn.init.normal_(parameter, std=0.05)
         network.save_last_adapter(folder / "adapter")
 
-    def start(self, name: str, processes: int, launcher: str = "torchrun") -> Passes.Running:
+    def start(
+        self, name: str, processes: int, launcher: str = "torchrun", strategy: str = "ddp"
+    ) -> Passes.Running:
         """Begin a run, or go on with one.
 
         Args:
             name: of the run; ``reference`` scores the base with the adapter.
             processes: how many.
             launcher: ``torchrun``, or ``lightning`` to have the Trainer start the others.
+            strategy: of several processes; ``fsdp2`` splits the model.
         """
         # A table that another run has made would be taken from there.
         shutil.rmtree(self.folder / "cache" / "scores", ignore_errors=True)
@@ -78,7 +81,7 @@ class Passes:
         words += ["--outputs", str(self.folder), "--trainer.accelerator", "cpu"]
         words += ["--trainer.enable_progress_bar", "false"]
         if processes > 1:
-            words += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
+            words += ["--trainer.devices", str(processes), "--trainer.strategy", strategy]
         if name == "reference":
             words += ["--model.adapters", str(self.folder / "adapter")]
         return Passes.Running(words, self.folder / name)
@@ -145,14 +148,14 @@ def check(folder: Path, samples: int, processes: Sequence[int]) -> bool:
     good = True
     assert passes.start("reference", 1).end() == 0
 
-    def finish(name: str, count: int, what: str, wanted: str = "one") -> None:
+    def finish(name: str, count: int, what: str, strategy: str = "ddp") -> None:
         nonlocal good
-        running, started = passes.start(name, count), time.monotonic()
+        running, started = passes.start(name, count, strategy=strategy), time.monotonic()
         before = running.shards()
         code = running.end()
         seconds = time.monotonic() - started
-        table = code == 0 and same(folder / wanted / "scores", folder / name / "scores")
-        mask = table and masked(name) == masked(wanted)
+        table = code == 0 and same(folder / "one" / "scores", folder / name / "scores")
+        mask = table and masked(name) == masked("one")
         good = good and table and mask
         words = ["same" if equal else "DIFFERENT" for equal in (table, mask)]
         print(f"| {what} | {code} | {before} | {seconds:.1f} | {' | '.join(words)} |", flush=True)
@@ -169,12 +172,17 @@ def check(folder: Path, samples: int, processes: Sequence[int]) -> bool:
     for count in processes:
         if count > 1:
             finish(f"of_{count}", count, f"{count} processes")
+    finish("split", 2, "2 processes, fsdp2", "fsdp2")
     for first, then in ((1, max(processes)), (max(processes), 2), (2, 1)):
         name = f"killed_{first}_{then}"
         running = passes.start(name, first)
         running.wait_for(20)
         running.kill()
         finish(name, then, f"{first} killed at {running.shards()}, then {then}")
+    running = passes.start("killed_split", 2, strategy="fsdp2")
+    running.wait_for(20)
+    running.kill()
+    finish("killed_split", 1, f"2 of fsdp2 killed at {running.shards()}, then 1")
     running = passes.start("stopped", 2, "lightning")
     running.wait_for(10)
     running.process.send_signal(signal.SIGTERM)

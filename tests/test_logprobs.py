@@ -155,8 +155,8 @@ def test_a_table_says_where_it_comes_from(
     import_logprobs(file, rows, tmp_path / "b", "big-model", ids)
     assert not caplog.text
     one, other = ScoreTable(tmp_path / "a"), ScoreTable(tmp_path / "b")
-    assert one.manifest["imported"] is True and one.trained_on() == set()
-    assert other.trained_on() == {"id-1", "elsewhere"}
+    assert one.manifest["imported"] is True and len(one.trained_on()) == 0
+    assert other.trained_on().to_pylist() == ["elsewhere", "id-1"]
     name, _, digest = one.manifest["model"].rpartition("-")
     assert name == "server" and other.manifest["model"] == f"big-model-{digest}"
     assert "noise" not in one.manifest

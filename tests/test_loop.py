@@ -82,10 +82,11 @@ def test_every_sample_outside_d0_is_scored_once_by_a_reference_that_never_saw_it
     for number in range(1, 5):
         table = ScoreTable(finished / "arms" / "self_evolving" / f"round_{number}" / "scores")
         ids = table.values("id")
-        assert not set(ids) & table.trained_on()
+        trained_on = set(table.trained_on().to_pylist())
+        assert not set(ids) & trained_on
         # The reference is exactly the model after the round before.
         before = d0 | set(scored)
-        assert table.trained_on() == before
+        assert trained_on == before
         scored += ids
     assert len(scored) == len(set(scored))
     assert set(scored) | d0 == {f"s{i}" for i in range(43)}

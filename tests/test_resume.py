@@ -379,3 +379,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path / 'step-00000002.ckpt'} could not be written: ")
     assert "What was finished before is whole and stays" in message
     assert [p.name for p in tmp_path.iterdir()] == [before.name]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_wait_for_what_one_of_them_does_alone(strategy: str) -> None:
+    """Tokenising or writing a large pool takes longer than the half hour of torch's default."""
+    made: Any = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    assert made.strategy._timeout.days == 2

@@ -99,6 +99,9 @@ def test_ids_that_are_damaged_are_refused(pool: TokenPool, tmp_path: Path) -> No
         write_json(folder / MANIFEST, {**manifest, "trained_on": wrong})
         with pytest.raises(ValueError, match=r"is damaged: it states no trained_on"):
             ScoreTable(folder)
+    write_json(folder / MANIFEST, {**manifest, "trained_on": ["a", 1]})
+    with pytest.raises(ValueError, match=r"its trained_on holds something else than ids"):
+        ScoreTable(folder).trained_on()
     content = (folder / TRAINED_ON).read_bytes()
     write_json(folder / MANIFEST, {k: v for k, v in manifest.items() if k != "files"})
     numbers = pa.record_batch({"value": pa.array([1, 2])}), pa.record_batch({"x": pa.array(["a"])})

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch.distributed.constants import default_pg_timeout
 
 from tokenclean.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 
 #: seconds that other processes of a run get to end by themselves, and again when told to
 _GRACE = 8.0
+
+#: how long processes wait for what one of them does alone: tokenising, writing. One that dies ends
+#: their connection at once, so nothing is waited for in vain.
+PATIENCE = timedelta(days=2)
 
 #: name of the strategy that splits layers over processes, for models that fit on no device whole
 SHARDED = "fsdp2"
@@ -45,6 +51,8 @@ class Trainer(lightning.Trainer):
         if isinstance(strategy, ModelParallelStrategy):
             # One file, gathered on the first process: folders of shards are torn by a crash.
             strategy._save_distributed_checkpoint = False
+        if getattr(strategy, "_timeout", None) == default_pg_timeout:
+            strategy._timeout = PATIENCE
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = CheckpointFiles()
 

@@ -87,7 +87,7 @@ class ScoredRows:
                 )
         self.counts = self.pool.response_counts()[self.rows]
         self.seen = np.zeros(len(self.rows), dtype=bool)
-        if self.reference is not None and (trained_on := self.reference.trained_on()):
+        if self.reference is not None and len(trained_on := self.reference.trained_on()):
             self.seen = self.pool.ids.among(trained_on)[self.rows]
 
     @cached_property

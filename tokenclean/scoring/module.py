@@ -218,14 +218,14 @@ class ScoringModule(LightningModule):
                 f"out of memory: {name} alone, {batch.tokens} tokens, does not fit; lower "
                 "data.max_length, take smaller weights (--model.base.dtype bfloat16, "
                 "--model.base.load_in_4bit true) or a device with more memory "
-                f"({str(error).splitlines()[0] if str(error) else 'no details'})"
+                f"({_first_line(error)})"
             ) from error
         if self._waited_for:
             raise ValueError(
                 f"out of memory in a pass over {batch.tokens} tokens, where other processes wait "
                 "for this one: score on more devices, or under another --name with "
                 f"--data.token_budget {batch.tokens // 2} "
-                f"({str(error).splitlines()[0] if str(error) else 'no details'})"
+                f"({_first_line(error)})"
             ) from error
         first = self.limit is None
         self.limit = batch.tokens // 2
@@ -283,13 +283,15 @@ class ScoringModule(LightningModule):
         try:
             self.noise = self._measure_noise(losses)
         except (RuntimeError, TypeError) as error:
+            # No reason to lose a finished pass.
             if self._waited_for and isinstance(error, torch.OutOfMemoryError):
                 write_text(unmeasured, "memory ran out in an earlier call")
                 raise ValueError(
-                    f"out of memory as the noise of the scores was measured ({error}); all is "
-                    "scored, and the same command ends without that measurement"
+                    "out of memory as the noise of the scores was measured: all is scored, and "
+                    f"the same command ends without that measurement ({_first_line(error)})"
                 ) from error
-            # No reason to lose a finished pass.
+            if self._waited_for:  # it failed on all of them alike, or the others are gone
+                self.trainer.strategy.barrier("noise")
             log.warning("the noise of the scores could not be measured: %s", error)
 
     def _measure_noise(self, losses: np.ndarray | None) -> dict[str, float]:
@@ -332,6 +334,10 @@ class ScoringModule(LightningModule):
     def _name(self, row: int) -> str:
         table = self._planned.rows.table
         return f"sample {table.ids[row]!r}" if isinstance(table, TokenPool) else f"pool row {row}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
 
 
 def use_layout(module: LightningModule, network: Network) -> None:

@@ -4,7 +4,8 @@ Arrow shards with a manifest, one row per sample in pool order: ``id``, ``row`` 
 ``positions`` list<int32>, ``token_ids`` list<int32>, ``nll`` list<float32>; index j of ``nll``
 belongs to predicting the token at ``positions[j]``. Columns like it (`Column`) follow where they
 were asked for; the manifest's ``columns`` lists them. A control table, whose manifest says
-``targets: prompt``, holds the prompt tokens in the response tokens' stead.
+``targets: prompt``, holds the prompt tokens in the response tokens' stead. The ids of the samples
+that the model was trained on lie beside the shards; the manifest states how many they are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, lists_of, write_shard
+from tokenclean.arrow import (
+    ROWS_PER_SHARD,
+    ArrowTable,
+    TableWriter,
+    lists_of,
+    read_texts,
+    write_texts,
+)
 from tokenclean.data.pool import TokenPool
 from tokenclean.data.rows import TokenRows
 from tokenclean.publish import MANIFEST, complete_folder, write_json
@@ -40,6 +49,8 @@ KIND = "score table"
 Column = Literal["gap", "alone", "attention", "attention_keys", "relevance", "relevance_hidden"]
 #: Of the scores against the table that a reference was written `against`.
 HISTOGRAM = "histogram.npz"
+#: Ids of the samples that the model was trained on, ascending; not there if there are none.
+TRAINED_ON = "trained_on.arrow"
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -59,7 +70,8 @@ class ScoreTable(ArrowTable):
         nll: its losses, float32, one list per row.
     """
 
-    states: ClassVar[dict[str, type]] = {"pool": str, "trained_on": list}
+    #: older tables have the ids themselves in their manifest
+    states: ClassVar[dict[str, type | UnionType]] = {"pool": str, "trained_on": int | list}
 
     def __init__(self, folder: Path):
         super().__init__(folder, KIND)
@@ -88,9 +100,28 @@ class ScoreTable(ArrowTable):
                 f"{self.manifest['pool']}, expected {pool.fingerprint}); score it again"
             )
 
-    def trained_on(self) -> set[str]:
-        """Ids of the samples that the scoring model was trained on."""
-        return set(self.manifest["trained_on"])
+    def trained_on(self) -> pa.ChunkedArray:
+        """Ids of the samples that the scoring model was trained on, on the memory map.
+
+        Raises:
+            ValueError: if they are not what was written.
+        """
+        stated = self.manifest["trained_on"]
+        if isinstance(stated, list):
+            try:
+                return pa.chunked_array([pa.array(stated, pa.string())])
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"{self.folder / MANIFEST} is damaged: its trained_on holds something else "
+                    "than ids; delete the folder and score again"
+                ) from error
+        ids = read_texts(self.folder / TRAINED_ON) if stated else pa.chunked_array([], pa.string())
+        if len(ids) != stated:
+            raise ValueError(
+                f"{self.folder / TRAINED_ON} is damaged: it holds {len(ids)} ids, and the manifest "
+                f"states {stated}; delete the folder and score again"
+            )
+        return ids
 
     def of_rows(self, rows: np.ndarray, column: str = "nll") -> tuple[np.ndarray, np.ndarray]:
         """Losses, or another column, of many pool rows.
@@ -171,7 +202,8 @@ def write_scores(
         rows: of a token pool, ascending.
         columns: ``nll`` first, then what ``manifest["columns"]`` lists: the values of all targets
             of the rows, end to end, float32, shape (n,) each.
-        manifest: what to say about model and pool; see `score_manifest`.
+        manifest: what to say about model and pool; see `score_manifest`. The ids in its
+            ``trained_on`` are stored beside the table.
         against: the base's table, where this one is a reference: the histogram of the scores is
             then stored with the table.
     """
@@ -182,7 +214,8 @@ def write_scores(
     schema = pa.schema([*_SCHEMA, *(pa.field(name, pa.list_(pa.float32())) for name in others)])
     content, histogram = hashlib.sha256(rows.rows.tobytes()), Histogram()
     with complete_folder(folder) as partial:
-        for number, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+        writer = TableWriter(partial)
+        for first in range(0, len(rows), ROWS_PER_SHARD):
             chosen = rows.rows[first : first + ROWS_PER_SHARD]
             part = slice(starts[first], starts[first + len(chosen)])
             counts = rows.counts[first : first + len(chosen)]
@@ -197,11 +230,12 @@ def write_scores(
                 },
                 schema=schema,
             )
-            write_shard(partial, number, batch)
+            writer.write(batch)
             content.update(columns["nll"][part].tobytes())
             if against is not None:
                 base = against.of_rows(chosen)[1]
                 histogram.add(ordered_keys(scores(base, columns["nll"][part])))
+        writer.close()
         for name in others:
             content.update(columns[name].data)  # whole, so that shards make no difference
         if against is not None:
@@ -210,11 +244,15 @@ def write_scores(
                 counts=histogram.counts,
                 against=against.manifest.get("content", ""),
             )
+        trained_on = sorted(manifest["trained_on"])
+        if trained_on:
+            write_texts(partial / TRAINED_ON, trained_on)
         write_json(
             partial / MANIFEST,
             {
                 "kind": KIND,
                 **manifest,
+                "trained_on": len(trained_on),
                 "rows": len(rows),
                 "tokens": int(starts[-1]),
                 "content": content.hexdigest()[:16],

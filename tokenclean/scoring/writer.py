@@ -30,7 +30,8 @@ class ScoreWriter(Callback):
     """Deals shards to processes, publishes them, and writes the table when all are there.
 
     Every process computes as many batches as the others, some of them empty: one without any would
-    be refused or fall out of step (under FSDP2 an empty one is a pass, too). After each shard all agree on whether they were told to stop.
+    be refused or fall out of step (under FSDP2 an empty one is a pass, too). After each shard all
+    agree on whether they were told to stop.
 
     Args:
         planned: every batch of the pass. Its rows are those of a token pool, ascending.

@@ -160,9 +160,9 @@ class Exchange:
         self._over = True  # unless it arrives
         try:
             if self.rank == sender:
-                dist.send(tensor, group=self.group, group_dst=0)
+                dist.send(tensor, 0, self.group)
             else:
-                dist.recv(tensor, group=self.group, group_src=sender)
+                dist.recv(tensor, sender, self.group)
         except RuntimeError as error:
             raise ConnectionError(f"another process is gone: {error}") from error
         self._over = False

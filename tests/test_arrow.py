@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -242,4 +243,17 @@ def test_a_file_without_its_end_is_refused(tmp_path: Path) -> None:
         raise KeyError
     write_json(folder / MANIFEST, {"kind": "thing", "rows": 2})
     with pytest.raises(ValueError, match=r"part-00000\.arrow is damaged"):
+        ArrowTable(folder, "thing")
+
+
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_table(tmp_path / "table")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(pa, "memory_map", full)
+    with pytest.raises(ValueError, match=r"part-00000\.arrow could not be mapped.*max_map_count"):
         ArrowTable(folder, "thing")

@@ -8,6 +8,7 @@ leaves nothing that could be mistaken for a result.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -103,10 +104,24 @@ def read_texts(path: Path) -> pa.ChunkedArray:
         raise _damaged(path, error) from error
 
 
+def _mapped(path: Path) -> pa.MemoryMappedFile:
+    try:
+        return pa.memory_map(str(path), "r")
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise _damaged(path, error) from error
+        # Nothing is wrong with the file, and nobody is to be told to delete it.
+        raise ValueError(
+            f"{path} could not be mapped. A process may hold so many maps as the kernel's "
+            "vm.max_map_count says; raise it, or use fewer tables at once"
+        ) from error
+
+
 def _batches_of(path: Path) -> list[pa.RecordBatch]:
+    mapped = _mapped(path)
     try:
         # The arrays keep their map alive.
-        reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+        reader = pa.ipc.open_file(mapped)
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error

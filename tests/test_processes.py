@@ -272,23 +272,26 @@ def files(folder: Path) -> dict[str, bytes]:
 COLUMNS = ["gap", "alone", "attention", "attention_keys", "relevance", "relevance_hidden"]
 
 
+ALL_COLUMNS = {"columns": COLUMNS, "attributes": AttributeSettings(["ab", "ba b"])}
+
+
 @pytest.mark.parametrize(
-    ("processes", "options"),
+    ("processes", "inference", "options"),
     [
-        (2, {}),
-        (2, {"columns": COLUMNS, "attributes": AttributeSettings(["ab", "ba b"])}),
-        pytest.param(3, {}, marks=pytest.mark.slow),
+        (2, False, {}),
+        (2, True, ALL_COLUMNS),
+        pytest.param(3, True, {}, marks=pytest.mark.slow),
+        pytest.param(3, False, ALL_COLUMNS, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("inference", [False, True])
 def test_a_model_in_parts_gives_the_same_bytes(
     model_folder: Path,
     data: TuluDataModule,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     processes: int,
-    options: dict[str, Any],
     inference: bool,
+    options: dict[str, Any],
 ) -> None:
     """Manifest and noise included. ``inference``: tensors as on GPUs, where gloo is not used."""
     in_one(lambda rank: score(model_folder, data, tmp_path / "want", **options))
@@ -336,7 +339,9 @@ def test_adapters_of_a_model_in_parts_are_not_merged(
     )
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_a_stopped_pass_goes_on_with_the_model_held_otherwise(
     model_folder: Path,
     data: TuluDataModule,

@@ -38,7 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 #: process leaves, only what a power cut would.
 CALLS = ("rename", "replace", "link", "symlink", "unlink", "rmdir")
 #: Files that say when and how long: never the same twice.
-NOTES = {"log.txt", "costs.md", "costs.json", "summary.json", "results.json.seconds"}
+NOTES = {"log.txt", "costs.md", "costs.json", "summary.json"}
 #: Restarts after which a run is taken to make no progress.
 MOST_RESTARTS = 5
 
@@ -477,7 +477,9 @@ def several_processes(work: Path, processes: int, kills: int, seed: int) -> Tall
                 f"{', '.join(keys[:8])}\n{_tail(trial_place)}"
             )
         now = _published(trial_place)
-        tally.again += sum(k in now and now[k] != facts for k, facts in before.items())
+        made_again = [k for k, facts in before.items() if k in now and now[k] != facts]
+        tally.again += len(made_again)
+        tally.wrong += [f"made again: {name}" for name in made_again[:8]]
         tally.rests += bool(_rests(trial_place))
         tally.wrong += [f"left {rest}" for rest in _rests(trial_place)]
     tally.seconds = time.monotonic() - started
@@ -495,6 +497,7 @@ def inject(
     seed: int,
     samples: int,
     stops: int = 0,
+    start: int = 1,
 ) -> dict[str, Tally]:
     """Kill each verb at every ``every``-th point, and all at random ``moments``."""
     inputs = work / "inputs"
@@ -518,7 +521,7 @@ def inject(
         if keys := differences(contents(work / f"{verb}_second"), expected[verb]):
             tally.wrong.append(f"{verb}: two undisturbed runs differ: {', '.join(keys[:8])}")
             tally.different += 1
-        for point in range(1, tally.points + 1, every):
+        for point in range(start, tally.points + 1, every):
             trial(commands[verb], work / verb, expected[verb], tally, kill_at=point)
             if point % 20 == 1:
                 print(f"{verb}: call {point} of {tally.points}", flush=True)
@@ -560,6 +563,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--verbs", nargs="+", default=list(_commands()), choices=list(_commands()))
     parser.add_argument("--every", type=int, default=1, help="kill at every so many-th point")
+    parser.add_argument("--start", type=int, default=1, help="the first of these points")
     parser.add_argument("--random", type=int, default=100, help="kills at random moments")
     parser.add_argument("--stops", type=int, default=20, help="SIGTERM and SIGUSR1 at random")
     parser.add_argument("--torchrun", type=int, default=0, help="kills of `clean` on 2 processes")
@@ -577,6 +581,7 @@ def main() -> None:
     tallies = inject(
         *(options.verbs, work, options.every, options.random, options.seed, options.samples),
         stops=options.stops,
+        start=options.start,
     )
     if options.torchrun:
         tallies["clean, 2 processes"] = several_processes(work, 2, options.torchrun, options.seed)

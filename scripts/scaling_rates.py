@@ -1,8 +1,10 @@
 """The rates behind SCALING.md, measured here: what one process does alone.
 
     python scripts/scaling_rates.py [--rows 8000]
+    python scripts/scaling_rates.py --shards 65536
 
-A generated pool of rows as long as the paper's; a minute on one core.
+A generated pool of rows as long as the paper's; a minute on one core. The second call looks at a
+folder of many shards instead, of one row each.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from tokenclean.data.rows import TokenRows
 from tokenclean.data.template import Tokeniser
 from tokenclean.models import BaseConfig, load_tokenizer
 from tokenclean.publish import MANIFEST, complete_folder, write_json
-from tokenclean.scoring.shards import Scored, Shards
+from tokenclean.scoring.shards import BATCHES, Scored, Shards
 from tokenclean.scoring.table import ScoreTable, write_scores
 from tokenclean.selection.select import SelectionConfig, select
 
@@ -100,6 +102,29 @@ def merging(folder: Path, rows: TokenRows) -> float:
     return seconds(shards.merged)
 
 
+def many_shards(folder: Path, count: int) -> Iterator[tuple[str, float, str]]:
+    """As `measured`, of a folder of so many shards (`MOST` at most)."""
+    rows = TokenRows(write_pool(folder / "pool", count))
+    empty = [np.zeros(0, dtype=np.int64)] * (BATCHES - 1)
+    plan = [batch for row in range(count) for batch in (np.array([row]), *empty)]
+    planned = PlannedBatches(rows, plan, "packed", 0)
+    shards = Shards(folder / "table", planned, dict.fromkeys(("pool_folder", "base"), ""))
+    shards.missing()
+
+    def publish() -> None:
+        for number in range(shards.count):
+            counts = rows.counts[number : number + 1]
+            values = np.ones((1, int(counts.sum())), dtype=np.float32)
+            shards.publish(number, Scored(rows.rows[number : number + 1], counts, values))
+
+    yield "shards", shards.count, ""
+    yield "publish them", seconds(publish), "s"
+    yield "list them", seconds(lambda: list(shards.folder.iterdir())), "s"
+    yield "read them all, as a start does", seconds(shards.missing), "s"
+    yield "merge them", seconds(shards.merged), "s"
+    yield "delete them", seconds(shards.remove), "s"
+
+
 def measured(folder: Path, count: int) -> Iterator[tuple[str, float, str]]:
     """What was measured, the number, its unit."""
     took, tokens = tokenising(folder, max(count // 8, 1))
@@ -140,10 +165,13 @@ def measured(folder: Path, count: int) -> Iterator[tuple[str, float, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=8000)
+    parser.add_argument("--shards", type=int, default=0)
     options = parser.parse_args()
     print("| what | found | |\n|---|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, value, unit in measured(Path(folder), options.rows):
+        place = Path(folder)
+        found = many_shards(place, options.shards) if options.shards else None
+        for name, value, unit in found or measured(place, options.rows):
             print(f"| {name} | {float(f'{value:.3g}'):,g} | {unit} |", flush=True)
 
 

@@ -9,7 +9,7 @@ the way to measure it again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,6 +30,7 @@ from tokenclean.estimate import (
 )
 from tokenclean.models import LoraSettings
 from tokenclean.scoring.shards import BATCHES, LEAST, MOST
+from tokenclean.trainer import PATIENCE
 
 #: H100: dense bfloat16 products, FLOP/s.
 PEAK = 989e12
@@ -50,8 +51,6 @@ POOL_BYTES, TABLE_BYTES, SHARD_BYTES, CLEANED_BYTES = 4.2, 12.1, 4.05, 12.4
 ROW_BYTES = 58
 #: bytes/s of SHA-256 on that core; bytes of JSON text per token (a guess)
 HASHED, TEXT_BYTES = 0.3e9, 4.5
-#: seconds that processes wait for one of them before they give up (torch's and Lightning's default)
-PATIENCE = 1800
 #: regions that Linux lets a process map (vm.max_map_count), and what Python and torch take of them
 MAPS, MAPS_TAKEN = 65_530, 663
 #: row groups that Arrow's reader takes by default, and tokens in one of a cleaned pool
@@ -173,11 +172,21 @@ def _weights(case: Case) -> int:
     return parameter_bytes(case.shape, torch.bfloat16)
 
 
-def _peaks(case: Case) -> tuple[int, int]:
-    """Peak of scoring with the bare base, and of training LoRA with recomputation."""
+def waiting_hours(case: Case) -> float:
+    """Device-hours of those that wait for what one process does alone."""
+    return sum(alone_hours(case).values()) * (case.devices - 1)
+
+
+def _peaks(case: Case, split: int = 1) -> tuple[int, int]:
+    """Peak of scoring with the bare base, and of training LoRA with recomputation.
+
+    Args:
+        case: whose model.
+        split: devices that share the decoder layers.
+    """
     half = torch.bfloat16
-    scoring = Setting(None, training=False, weights=half, compute=half)
-    training = Setting(LoraSettings(), True, half, half)
+    scoring = Setting(None, training=False, weights=half, compute=half, split=split)
+    training = replace(scoring, lora=LoraSettings(), training=True)
     return (
         peak_bytes(case.shape, scoring, GPU_BUDGET),
         peak_bytes(case.shape, training, GPU_BUDGET, checkpointing=True),
@@ -212,14 +221,17 @@ def rows_of_table() -> list[tuple[str, list[str]]]:
     line("**one process, the others waiting**")
     for name in alone_hours(CASES[0]):
         line(f"{name}, hours", *(_number(alone_hours(c)[name]) for c in CASES))
+    line("devices that wait for it, device-hours", *(_number(waiting_hours(c)) for c in CASES))
     line(
-        "select on one process, hours",
+        "select, hours of one process (processes share it)",
         *(_number(c.responses * SELECT_NS / 3.6e12) for c in CASES),
     )
     line("**memory of a device**")
     line("weights in bfloat16", *(_bytes(_weights(c)) for c in CASES))
     line("scoring, peak", *(_bytes(_peaks(c)[0]) for c in CASES))
     line("training LoRA (r = 64) with recomputation, peak", *(_bytes(_peaks(c)[1]) for c in CASES))
+    line("scoring, layers split over 8, peak", *(_bytes(_peaks(c, 8)[0]) for c in CASES))
+    line("that training, layers split over 8, peak", *(_bytes(_peaks(c, 8)[1]) for c in CASES))
     line("devices of 80 GB that must share the weights", *(str(sharing(c)) for c in CASES))
     line("**disk**")
     for name in disk(CASES[0]):
@@ -260,19 +272,9 @@ def rows_of_table() -> list[tuple[str, list[str]]]:
 
 
 def sharing(case: Case) -> int:
-    """Devices, by powers of two, over which weights must be spread so that training fits 72 GB."""
-    shape = case.shape
-    # Embeddings and head stay whole, and two layers are there at a time.
-    whole = 2 * 2 * shape.vocab * shape.hidden
-    layer = (_weights(case) - whole) / shape.layers
-    rest = _peaks(case)[1] - _weights(case)
+    """Devices, by powers of two, over which weights must be spread so that a pass fits 72 GB."""
     devices = 1
-    while (
-        rest
-        + (_weights(case) if devices == 1 else 0)
-        + (devices > 1) * (whole + layer * (2 + shape.layers / devices))
-        > 0.9 * 80e9
-    ):
+    while max(_peaks(case, devices)) > 0.9 * 80e9:
         devices *= 2
     return devices
 
@@ -280,17 +282,10 @@ def sharing(case: Case) -> int:
 def limits() -> list[tuple[str, float]]:
     """What breaks, and from how many tokens of a pool on; smallest first."""
     rows = (MAPS - MAPS_TAKEN) * ROWS_PER_SHARD * SHARDS_PER_FILE
-    late = "the others wait half an hour, and give up, while one process"
+    late = "the others wait two days, and give up, while one process"
+    patience = PATIENCE.total_seconds()
     return [
-        (f"`clean`: {late} tokenises", PATIENCE / TOKENISE_NS * 1e9),
-        (
-            f"`score`, `clean`: {late} merges and writes a table",
-            PATIENCE / (MERGE_NS + TABLE_NS) / RESPONSES * 1e9,
-        ),
-        (
-            f"`clean`: {late} of 8 writes its own part of the cleaned pool",
-            8 * PATIENCE / CLEANED_NS * 1e9,
-        ),
+        (f"`clean`: {late} tokenises", patience / TOKENISE_NS * 1e9),
         ("`data.parquet` has more row groups than Arrow reads", ROW_GROUPS * GROUP_TOKENS),
         (
             "`select` maps more files than the kernel lets it (three tables)",
@@ -301,6 +296,14 @@ def limits() -> list[tuple[str, float]]:
             1e12 / 8 / ROW_BYTES * TOKENS_PER_ROW,
         ),
         ("`score` and `fit` map more files than that (one table)", rows * TOKENS_PER_ROW),
+        (
+            f"`score`, `clean`: {late} merges and writes a table",
+            patience / (MERGE_NS + TABLE_NS) / RESPONSES * 1e9,
+        ),
+        (
+            f"`clean`, `select`: {late} of 8 writes its own part of the cleaned pool",
+            8 * patience / CLEANED_NS * 1e9,
+        ),
     ]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
@@ -26,7 +30,8 @@ from tokenclean.estimate import (
     standing_bytes,
     training_flops,
 )
-from tokenclean.models import LoraSettings, Network
+from tokenclean.models import BaseConfig, LoraSettings, Network
+from tokenclean.plan import Planner
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "1B": {
@@ -181,6 +186,48 @@ def test_bytes_by_hand() -> None:
     setting = Setting(lora, True, torch.bfloat16, torch.bfloat16, stack=1)
     assert standing_bytes(shape, setting) == 2 * 236 + 16 * trained + 4 * trained
     assert standing_bytes(shape, Setting(None)) == 16 * 236
+
+
+def test_split_layers_by_hand() -> None:
+    """Two pencil layers of 144 weights and two norms of 4; embedding, head, last norm are whole."""
+    shape = ModelShape.of_config(LlamaConfig(**{**PENCIL.to_dict(), "num_hidden_layers": 2}))
+    assert shape.layered == 2 * 152 and shape.parameters - shape.layered == 84
+    half = torch.bfloat16
+    scoring = Setting(None, False, half, half, split=4)
+    assert standing_bytes(shape, scoring) == 2 * 84 + 2 * 304 // 4
+    # two layers are whole at a time; no tokens, no activations
+    assert peak_bytes(shape, scoring, 0) == 2 * 84 + 2 * 304 // 4 + 2 * 2 * 152
+    assert peak_bytes(shape, replace(scoring, split=1), 0) == 2 * 84 + 2 * 304
+    # adapters lie in the layers: one in training, two frozen ones
+    lora = LoraSettings(r=2, target_modules=["q_proj", "down_proj"])
+    trained = 2 * (2 * (4 + 4) + 2 * (8 + 4))
+    training = Setting(lora, True, half, half, stack=2, split=4)
+    frozen = 2 * 4 * trained
+    assert standing_bytes(shape, training) == 2 * 84 + (2 * 304 + 16 * trained + frozen) // 4
+    stacked = Setting(lora, False, half, half, stack=2, split=4)
+    assert standing_bytes(shape, stacked) == 2 * 84 + (2 * 304 + frozen) // 4
+    # all weights trained in float32, 16 bytes each, and autocast's copies of 2 bytes
+    assert standing_bytes(shape, Setting(None, split=4)) == 16 * (84 + 304 // 4)
+    mixed = Setting(None, compute=half, split=4)
+    assert standing_bytes(shape, mixed) == 18 * (84 + 304 // 4)
+    # what is no list of layers cannot be split
+    assert ModelShape.of_config(GPT2Config(n_embd=32, n_layer=2, n_head=4)).layered == 0
+
+
+class Split(ModelParallelStrategy):
+    root_device = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("strategy", "split"), [(Split(), 4), (SingleDeviceStrategy("cpu"), 1)])
+def test_an_estimate_knows_whether_layers_are_split(
+    strategy: Any, split: int, tmp_path: Path
+) -> None:
+    PENCIL.save_pretrained(tmp_path)
+    data: Any = SimpleNamespace(token_budget=10, validation=None, test=None)
+    trainer = SimpleNamespace(strategy=strategy, world_size=4, precision="32-true")
+    base = BaseConfig(str(tmp_path))
+    planner = Planner(data, base, LoraSettings(), trainer, "32-true", timed=False)
+    assert planner.training.split == planner.scoring.split == split
 
 
 def test_a_target_is_matched_by_whole_name_parts() -> None:

@@ -16,22 +16,18 @@ from tokenclean.interrupts import Stopped, deferred, requested, stop_if_requeste
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
-    interrupts.listen()
-    yield
-    interrupts.listen()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with interrupts.listening():
+        yield
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_outside_of_a_step_a_signal_stops_at_once(number: signal.Signals) -> None:
     with pytest.raises(Stopped, match=number.name):
         os.kill(os.getpid(), number)
         raise AssertionError("not reached")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_inside_of_a_step_it_waits_until_asked(number: signal.Signals) -> None:
     done = []
     with pytest.raises(Stopped, match=number.name), deferred():
@@ -80,14 +76,48 @@ def test_an_error_of_the_step_is_not_hidden_by_a_signal() -> None:
         raise ValueError("the step's own")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_program_ends_with_143(number: signal.Signals) -> None:
+def test_typed_twice_it_does_not_wait() -> None:
+    done = []
+    with pytest.raises(Stopped, match="SIGINT"), deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("the step goes on")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("not reached")
+    assert done == ["the step goes on"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_after_one_that_python_swallowed_stops_at_once() -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thing = Swallows()
+    del thing
+    with pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_handlers_are_given_back() -> None:
+    def other(*_: object) -> None: ...
+
+    signal.signal(signal.SIGTERM, other)
+    with interrupts.listening():
+        assert signal.getsignal(signal.SIGTERM) is interrupts._handle
+    assert signal.getsignal(signal.SIGTERM) is other
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+)
+def test_the_program_ends_with_a_code_of_its_own(number: signal.Signals, ends: int) -> None:
     """The real entry point, stopped while a verb works."""
     code = (
         "import os, sys, types; from tokenclean import cli; work = types.ModuleType('w');"
         f"work.w = lambda argv: os.kill(os.getpid(), {int(number)});"
-        "sys.modules['tokenclean.w'] = work; cli.VERBS['w'] = ('w', ''); cli.main(['w'])"
+        "sys.modules['tokenclean.w'] = work; cli.VERBS['w'] = ('w', '');"
+        "cli.RESUMED += ('w',); cli.main(['w'])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 143, ended.stderr
+    assert ended.returncode == ends, ended.stderr
     assert "the same command goes on where it stopped" in ended.stderr

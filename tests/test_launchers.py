@@ -395,8 +395,31 @@ def test_limits_by_hand() -> None:
     found = [tokens for _, tokens in scaling_table.limits()]
     assert found == sorted(found)
     # 64,867 files of 64 times 1,024 rows of 482 tokens, shared by three tables
-    assert found[4] == pytest.approx(64_867 * 64 * 1024 * 482 / 3)
-    # half an hour at 0.39 us per token, for an eighth of them
-    assert found[2] == pytest.approx(8 * 1800 / 0.39e-6)
-    # 10^12 tokens in batches of 8,192, in at most 4,096 shards
-    assert scaling_table.shard_batches(scaling_table.CASES[2]) == 29_803
+    assert found[2] == pytest.approx(64_867 * 64 * 1024 * 482 / 3)
+    # two days at 4 us per token; at 125 ns per response token, two thirds; at 0.39 us, an eighth
+    assert found[0] == pytest.approx(172_800 / 4e-6)
+    assert found[5] == pytest.approx(172_800 / 125e-9 / 0.67)
+    assert found[6] == pytest.approx(8 * 172_800 / 0.39e-6)
+    # 10^12 tokens in batches of 8,192, in at most 65,536 shards
+    assert scaling_table.shard_batches(scaling_table.CASES[2]) == 1_863
+
+
+def test_waiting_by_hand() -> None:
+    """10^9 tokens, 670 million of them responses, 7 of 8 devices waiting."""
+    alone = 1e9 * 4e-6 + 0.67e9 * 1.8 * 125e-9 + 1e9 * 0.39e-6
+    waiting = scaling_table.waiting_hours(scaling_table.CASES[1])
+    assert waiting == pytest.approx(7 * alone / 3600)
+
+
+def test_sharing_70b_by_hand() -> None:
+    """Layers of two norms, 80 of them; embeddings and head of 128,256 x 8,192 stay whole."""
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672 + 2 * 8192
+    whole = 2 * 128_256 * 8192 + 8192
+    case = scaling_table.CASES[2]
+    for split in (4, 8):
+        held = 2 * (whole + layer * (80 / split + 2))
+        scoring, training = scaling_table._peaks(case, split)
+        # the inside of a layer and a chunk of logits besides
+        assert held < scoring < held + 4e9
+        assert scoring < training
+    assert scaling_table.sharing(case) == 4

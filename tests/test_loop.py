@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from tokenclean import commands
 from tokenclean.cleaning.arms import Arm, LoopConfig
+from tokenclean.cleaning.loop import CleaningLoop
 from tokenclean.data.batches import collate
+from tokenclean.data.datamodule import TuluDataModule
 from tokenclean.data.rows import TokenRows
 from tokenclean.models import BaseConfig, Network, adapter_tensors, trained_ids
 from tokenclean.scoring.table import ScoreTable
+from tokenclean.selection.exchange import Exchange
 
 ARMS = {
     "warmup": {"schedule": "warmup"},
@@ -475,3 +478,27 @@ def test_a_run_that_was_trained_without_a_panel_gets_it_later(
 def test_a_panel_of_fewer_than_no_samples_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loop\.panel"):
         LoopConfig(arms={"full": Arm("fixed_model", "full")}, panel=-1)
+
+
+def test_what_is_there_is_what_the_first_process_sees(tmp_path: Path) -> None:
+    """Another process may look later, when the first one has written meanwhile."""
+
+    class Second(Exchange):
+        def sum(self, counts: np.ndarray) -> np.ndarray:
+            return counts  # the first process's share is nothing: it has not seen the file
+
+    loop = object.__new__(CleaningLoop)
+    loop.exchange = Second(rank=1, processes=2)
+    assert not loop._agreed(True)
+    loop.exchange = Exchange()
+    assert loop._agreed(True) and not loop._agreed(False)
+
+
+def test_processes_of_the_loop_share_the_batches(
+    tmp_path: Path, pool_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop makes a Trainer per step, so the data module asks for its place by itself."""
+    data = TuluDataModule(str(pool_file), cache_dir=str(tmp_path))
+    assert data._place() == (0, 1)
+    monkeypatch.setattr("tokenclean.data.datamodule.here", lambda: Exchange(rank=1, processes=4))
+    assert data._place() == (1, 4)

@@ -286,3 +286,29 @@ def test_an_error_of_reading_keeps_its_own_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="elsewhere") as caught, publish_file(tmp_path / "note"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/input.jsonl")
     assert not isinstance(caught.value, NotWritten)
+
+
+def test_nothing_behind_a_link_is_replaced_that_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("years")
+    (tmp_path / "scores").symlink_to(tmp_path / "documents")
+    with pytest.raises(ValueError, match=r"scores is a link, to .*documents"):
+        write_thing(tmp_path / "scores", "new")
+    assert (tmp_path / "documents" / "thesis.txt").read_text() == "years"
+
+
+def test_rests_with_odd_numbers_are_no_processes(tmp_path: Path) -> None:
+    host = publish._host()
+    for number in ("9999999999", "9" * 23):
+        (tmp_path / f"x.partial-{host}-{number}").mkdir()
+    sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [f"x.partial-{host}-{'9' * 23}"]
+
+
+def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path: Path) -> None:
+    said = {}
+    for number in (errno.EROFS, errno.ENOSPC):
+        with pytest.raises(NotWritten) as caught, publish.writing_to(tmp_path / "x"):
+            raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+        said[number] = str(caught.value)
+    assert "make room" in said[errno.ENOSPC] and "make room" not in said[errno.EROFS]

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from tokenclean.publish import NotWritten
-from tokenclean.runs import LOCK, check_run, locked, open_run
+from tokenclean.runs import (
+    LOCK,
+    check_inputs,
+    check_processes,
+    check_run,
+    content_of,
+    locked,
+    open_run,
+)
 
 Held = tuple[Path, Any, Any]
 
@@ -110,3 +118,86 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     refused = pytest.raises(NotWritten, match=r"file/run could not be written: Not a directory")
     with refused, open_run(tmp_path / "file" / "run", {"a": 1}):
         raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("name", [LOCK, "log.txt", "config.yaml", "inputs.json"])
+def test_no_link_in_a_strangers_folder_is_written_through(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("all I have")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    refused = pytest.raises(ValueError, match=f"{name} is a link, to .*precious")
+    with refused, open_run(tmp_path / "run", {"a": 1}):
+        check_inputs(tmp_path / "run", {"data.path": "x"})
+    assert (tmp_path / "precious").read_text() == "all I have"
+
+
+def test_a_lock_that_is_no_file_is_named_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK)
+    refused = pytest.raises(ValueError, match=r"\.lock is no file")
+    with refused, locked(tmp_path):
+        raise AssertionError("not reached")
+    assert (tmp_path / LOCK).is_fifo()
+
+
+def test_a_lock_removed_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstat, calls = Path.lstat, []
+
+    def gone(path: Path) -> os.stat_result:
+        calls.append(path)
+        if len(calls) == 1:
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", gone)
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).is_file()
+    assert len(calls) >= 2
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "adapter").mkdir(parents=True)
+    weights = model / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(b"begin" + bytes(5_000_000) + b"end")
+    inputs = {
+        "data.path": "a",
+        str(model): content_of(str(model)),
+        "org/hub": content_of("org/hub"),
+    }
+    assert inputs["org/hub"] == "org/hub"
+    check_inputs(tmp_path, inputs)
+    check_inputs(tmp_path, {**inputs, str(model): content_of(str(model))})
+    weights.write_bytes(b"begin" + bytes(5_000_000) + b"END")
+    assert content_of(str(model)) != inputs[str(model)]
+    with pytest.raises(ValueError, match=f"begun with something else .*: {model}; put back"):
+        check_inputs(tmp_path, {**inputs, str(model): content_of(str(model))})
+    with pytest.raises(ValueError, match=r"same names: data\.path;"):
+        check_inputs(tmp_path, {**inputs, "data.path": "b"})
+    check_inputs(tmp_path, inputs)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected", "fits"),
+    [
+        ({}, 1, True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, 2, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 1, False),  # torchrun without --trainer.devices
+        ({"SLURM_PROCID": "1"}, 1, False),  # srun of what takes one process
+        ({"SLURM_PROCID": "0"}, 1, True),  # a batch script's own shell
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, True),  # Lightning's own launcher
+    ],
+)
+def test_processes_that_nothing_connects_are_refused(
+    environment: dict[str, str], expected: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if fits:
+        check_processes(expected)
+    else:
+        with pytest.raises(ValueError, match=r"--trainer\.devices"):
+            check_processes(expected)

@@ -288,7 +288,7 @@ def test_the_number_of_shards_follows_from_the_plan_alone(
     monkeypatch.undo()
     planned = data.planned(TokenRows(data.pool))
     sizes = {}
-    for batches in (0, 1, 63, 64, 128, 1024, 65536, 65537, 10**6):
+    for batches in (0, 1, 63, 64, 128, 1024, 2**20, 2**20 + 1):
         many = planned.only([np.zeros(1, np.int64)] * batches)
         shards = Shards(tmp_path / "scores", many, {})
         sizes[batches] = (shards.size, shards.count)
@@ -299,10 +299,20 @@ def test_the_number_of_shards_follows_from_the_plan_alone(
         64: (8, 8),
         128: (16, 8),
         1024: (16, 64),
-        65536: (16, 4096),
-        65537: (17, 3856),
-        10**6: (245, 4082),
+        2**20: (16, 65536),
+        2**20 + 1: (17, 61681),
     }
+
+
+def test_shards_of_another_size_are_others(
+    data: TuluDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, keys = data.planned(TokenRows(data.pool)), {}
+    for batches in (1, 2):
+        monkeypatch.setattr(shards_module, "BATCHES", batches)
+        shards = Shards(tmp_path / "scores", planned, {})
+        keys[shards.size] = shards.key
+    assert len(keys) == len(set(keys.values())) == 2
 
 
 # -- several processes ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import pickletools
 import time
 import zipfile
 from datetime import timedelta
@@ -30,6 +31,18 @@ EVERY = timedelta(minutes=15)
 #: what torch and zipfile say of a file that is damaged or something else
 _UNREADABLE = (
     *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError),
+)
+#: bytes of a checkpoint's pickle: all but the tensors
+_PLAN_BYTES = 64 << 20
+#: what such a pickle may name besides the types of storages
+_CALLED = frozenset(
+    {
+        *("collections.OrderedDict", "collections.defaultdict", "builtins.set", "__builtin__.set"),
+        *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
+        *("torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"),
+        *("torch.nn.parameter.Parameter", "torch.Size", "torch.device", "_codecs.encode"),
+        *(f"torch.{name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
+    }
 )
 
 
@@ -72,10 +85,10 @@ def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
     """
     remedy = "delete it, and the same command goes on from the one before, or from the start"
     try:
-        if whole:
-            with zipfile.ZipFile(path) as file:
-                if (member := file.testzip()) is not None:
-                    raise ValueError(f"{member} is not what was written")
+        with zipfile.ZipFile(path) as file:
+            _check_plan(file, path.stat().st_size)
+            if whole and (member := file.testzip()) is not None:
+                raise ValueError(f"{member} is not what was written")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except _UNREADABLE as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -83,6 +96,36 @@ def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
     if not isinstance(found, dict) or not {"state_dict", "global_step", "loops"} <= set(found):
         raise ValueError(f"{path} is no checkpoint of Lightning; {remedy}")
     return found
+
+
+def _check_plan(file: zipfile.ZipFile, size: int) -> None:
+    """Refuse a checkpoint whose loading could take more memory than its file has bytes.
+
+    torch keeps it from running code, but not from calling ``bytearray(10 ** 12)``, say: what its
+    pickle calls is looked at, opcode by opcode, before any of it is made.
+
+    Raises:
+        ValueError: for what no checkpoint of ours holds.
+    """
+    members = file.infolist()
+    if len({member.filename for member in members}) != len(members):
+        raise ValueError("two of its members have one name")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is compressed, as torch never writes it")
+    if sum(member.file_size for member in members) > size:
+        raise ValueError("its members are larger than it is")
+    plans = [member for member in members if member.filename.split("/")[-1] == "data.pkl"]
+    if len(plans) != 1 or plans[0].file_size > _PLAN_BYTES:
+        raise ValueError("it holds no data.pkl of ordinary size")
+    with file.open(plans[0]) as plan:
+        for opcode, value, _ in pickletools.genops(plan):
+            if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"its pickle holds {opcode.name}, which torch never writes")
+            if opcode.name == "GLOBAL":
+                module, _, name = str(value).partition(" ")
+                storage = module == "torch" and name.endswith("Storage")
+                if not storage and f"{module}.{name}" not in _CALLED:
+                    raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

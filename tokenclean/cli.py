@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import time
 from typing import Any
 
-from tokenclean import __version__, interrupts, trust
+from tokenclean import __version__, interrupts, runs, trust
 
 #: Verb -> the module that has a function of that name, and what it does.
 VERBS = {
@@ -25,8 +26,13 @@ VERBS = {
     "results": ("study.verb", "print the tables of finished runs and studies again"),
 }
 
+#: Verbs that keep what they have finished.
+RESUMED = ("fit", "score", "select", "clean", "evaluate", "study")
 #: Verbs that several processes can share.
 SHARED = ("fit", "score", "select", "clean")
+
+#: What gloo and NCCL say when the other end of a connection is gone.
+_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited")
 
 
 def _help() -> str:
@@ -61,17 +67,25 @@ def main(argv: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
-    interrupts.listen()
     try:
-        with trust.trusting(args[1:]) as words:
+        with interrupts.listening(), trust.trusting(args[1:]) as words:
             _run(verb, words)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TOKENCLEAN_TRACEBACK"):
             raise
         print(f"tokenclean {verb}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except interrupts.Stopped:
-        raise _stopped(verb, interrupts.EXIT_CODE) from None
+    except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
+        print(
+            f"tokenclean {verb}: error: another process of this run is gone; when all have ended, "
+            "the same command goes on",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    except interrupts.Stopped as stop:
+        raise _stopped(verb, stop.exit_code) from None
     except KeyboardInterrupt:
         raise _stopped(verb, 130) from None
     except SystemExit as stop:
@@ -83,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(verb: str, args: list[str]) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in SHARED:
+    if verb not in SHARED and (os.environ.get("WORLD_SIZE", "1") != "1" or runs.process_rank()):
         raise ValueError(
             f"`{verb}` runs in one process; start it without torchrun (for {', '.join(SHARED)})"
         )
@@ -97,5 +111,6 @@ def _run(verb: str, args: list[str]) -> None:
 
 
 def _stopped(verb: str, code: int) -> SystemExit:
-    print(f"tokenclean {verb}: stopped; the same command goes on where it stopped", file=sys.stderr)
+    rest = "; the same command goes on where it stopped" if verb in RESUMED else ""
+    print(f"tokenclean {verb}: stopped{rest}", file=sys.stderr)
     return SystemExit(code)

@@ -34,6 +34,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
+from tokenclean.arrow import ArrowTable
 from tokenclean.cleaning.apply import ScoredRows, cleaned_manifest, reasons_table
 from tokenclean.cleaning.apply import clean as clean_rows
 from tokenclean.cleaning.arms import Arm, LoopConfig
@@ -70,6 +71,9 @@ from tokenclean.plan import Planner, Rows
 from tokenclean.publish import MANIFEST, complete_folder, read_manifest, verify, write_json
 from tokenclean.runs import (
     SUMMARY,
+    check_inputs,
+    check_processes,
+    content_of,
     open_run,
     process_rank,
     run_folder,
@@ -223,6 +227,7 @@ class _Cli(LightningCLI):
             kwargs.setdefault("logger", _tensorboard(self.folder) if self.verb == "fit" else False)
         trainer: Any = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, Trainer)
+        check_processes(trainer.world_size)
         return trainer
 
     def attach_tokenizer(self, base: BaseConfig) -> None:
@@ -286,6 +291,8 @@ def _fit(cli: _Cli, module: CleanedSFTModule, begun: float) -> None:
     if there:  # a call was killed between the two: what it measured is lost, what it made is not
         log.info("%s is there already", result)
     else:
+        if cli.trainer.is_global_zero:
+            check_inputs(cli.folder, _inputs(cli, module.base, module.adapters))
         check_room(cli.folder, _fit_estimate(cli, module, timed=False)[1])
         measured = _train(cli, module, ledger, result)
     if cli.trainer.is_global_zero:
@@ -533,6 +540,7 @@ def select(argv: list[str]) -> None:
     if settings.estimates_keep:
         probes = _probe(config.base, "base"), _probe(config.reference, "reference")
     together = join()
+    check_processes(together.processes)
     with open_run(folder, plain):
         scored = ScoredRows(pool, rows, base, reference, config.round, probes)
         cleaned = folder / "cleaned"
@@ -586,6 +594,10 @@ def clean(argv: list[str]) -> None:
         return
     with open_run(cli.folder, cli.plain):
         loop.prepare()
+        names = [name for name in (loop.loop.reference, loop.loop.warmup) if name is not None]
+        with loop.exchange.together():
+            if cli.trainer.is_global_zero:
+                check_inputs(cli.folder, _inputs(cli, cli.model.base, names))
         if not (cli.folder / SUMMARY).is_file():
             costs = _clean_estimate(cli, loop, scoring_precision, timed=False)[1]
             check_room(cli.folder, costs)
@@ -729,6 +741,24 @@ def _score_estimate(
     if cli.plain["probe"]:
         costs.append(planner.probe(cli.folder.name, rows, stack=depth)[-1])
     return planner, costs
+
+
+def _inputs(cli: _Cli, base: BaseConfig, models: list[str]) -> dict[str, str]:
+    """What the content of the data and of the models is known by, once the data are set up."""
+    data: TuluDataModule = cli.datamodule
+    tables: dict[str, ArrowTable | None] = {
+        "data.path": data.table,
+        "data.validation_path": data.validation,
+        "data.test_path": data.test,
+    }
+    return {
+        **{
+            option: hashlib.sha256(str(sorted(table.manifest.items())).encode()).hexdigest()[:16]
+            for option, table in tables.items()
+            if table is not None
+        },
+        **{name: content_of(name) for name in (base.name, *models)},
+    }
 
 
 def _shape(base: BaseConfig) -> ModelShape:

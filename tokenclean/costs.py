@@ -114,6 +114,7 @@ class Ledger:
         stage: Stage,
         round: int | None = None,
         network: Callable[[], Any] = lambda: None,
+        alone: bool = False,
     ) -> Iterator[Cost]:
         """Time a block and charge it; the block fills in samples, tokens, targets, FLOPs and disk.
 
@@ -123,6 +124,7 @@ class Ledger:
             round: see `Cost`.
             network: gives the model, whose ``seconds`` in compute and ``tokens`` computed are read
                 before and after. Where it counts tokens, they replace what the block stated.
+            alone: the first process does it while the others wait.
         """
         cost = Cost(arm, stage, round)
         seconds, tokens = _counters(network())
@@ -134,7 +136,7 @@ class Ledger:
             cost.seconds = time.perf_counter() - started
             after = _counters(network())
             cost.model_seconds = after[0] - seconds
-            cost.tokens = (after[1] - tokens) * self.world or cost.tokens
+            cost.tokens = (after[1] - tokens) * (1 if alone else self.world) or cost.tokens
             cost.peak_memory = peak_memory(self.device)
             self.add(cost)
             self.store()

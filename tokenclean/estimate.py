@@ -47,6 +47,7 @@ class ModelShape:
         linear_weights: weights that each token is multiplied by, the head left out; of a mixture of
             experts, those of the experts that one token visits.
         parameters: all parameters, a tied head counted once.
+        layered: those of the decoder layers, which FSDP2 splits; 0 if there is no list of layers.
         hidden: H.
         intermediate: width of the MLP, I.
         layers: L.
@@ -60,6 +61,7 @@ class ModelShape:
     linears: tuple[tuple[str, int, int], ...]
     linear_weights: int
     parameters: int
+    layered: int
     hidden: int
     intermediate: int
     layers: int
@@ -81,6 +83,7 @@ class ModelShape:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         head = model.get_output_embeddings()
+        decoder = getattr(model.base_model, "layers", None)
         linears, weights, norms = [], 0, 0
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) or module is head:
@@ -104,6 +107,7 @@ class ModelShape:
             linears=tuple(linears),
             linear_weights=weights,
             parameters=sum(p.numel() for p in model.parameters()),
+            layered=sum(p.numel() for p in decoder.parameters()) if decoder is not None else 0,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             layers=text.num_hidden_layers,
@@ -315,6 +319,7 @@ class Setting:
         compute: dtype of products (under ``bf16-mixed`` bfloat16).
         four_bit: see `BaseConfig`.
         stack: frozen adapters of ``lora``'s size beneath.
+        split: processes that hold a part of every decoder layer each (FSDP2); 1 holds all whole.
     """
 
     lora: LoraSettings | None = None
@@ -323,26 +328,46 @@ class Setting:
     compute: torch.dtype = torch.float32
     four_bit: bool = False
     stack: int = 0
+    split: int = 1
 
 
 def standing_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Weights, adapters, gradients and optimiser: what is there whatever the micro-batch's size."""
-    frozen = setting.stack * (0 if setting.lora is None else adapter_bytes(shape, setting.lora))
-    if not setting.training:
-        return frozen + parameter_bytes(shape, setting.weights, setting.four_bit)
-    trained = TRAINED_BYTES * shape.trained(setting.lora)
-    if setting.lora is not None:
-        return frozen + trained + parameter_bytes(shape, setting.weights, setting.four_bit)
+    """Weights, adapters, gradients and optimiser: what is there whatever the micro-batch's size.
+
+    Split, a process holds its part of what is in the decoder layers, where adapters are, and all of
+    the rest.
+    """
+    split = setting.split
+    layered = _layered_bytes(shape, setting)
+    whole = parameter_bytes(shape, setting.weights, setting.four_bit) - layered
+    if setting.lora is None:
+        adapters = 0
+    else:
+        trained = TRAINED_BYTES * shape.trained(setting.lora) if setting.training else 0
+        adapters = trained + setting.stack * adapter_bytes(shape, setting.lora)
+    if setting.lora is not None or not setting.training:
+        return whole + -(-(layered + adapters) // split)
     # The trained weights are the model's own; autocast holds on to their 16-bit copies.
-    copies = setting.compute.itemsize % 4 * shape.parameters
-    return trained + copies
+    each = TRAINED_BYTES + setting.compute.itemsize % 4
+    return each * (shape.parameters - shape.layered) + -(-each * shape.layered // split)
+
+
+def _layered_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Bytes of the decoder layers' weights, before they are split."""
+    outside = (shape.parameters - shape.layered) * setting.weights.itemsize
+    return parameter_bytes(shape, setting.weights, setting.four_bit) - outside
 
 
 def peak_bytes(
     shape: ModelShape, setting: Setting, tokens: int, checkpointing: bool = False
 ) -> int:
-    """Expected peak of a pass whose largest micro-batch has so many tokens."""
+    """Expected peak of a pass whose largest micro-batch has so many tokens.
+
+    Of weights that are split two layers are whole at a time: one computes, the next one arrives.
+    """
     moving = working_bytes(shape, tokens, setting.compute, setting.training)
+    if setting.split > 1:
+        moving += 2 * _layered_bytes(shape, setting) // shape.layers
     if setting.weights != setting.compute:
         # The head is cast once per micro-batch.
         moving += setting.compute.itemsize * shape.vocab * shape.hidden

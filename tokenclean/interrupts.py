@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and SIGUSR1 end a verb with what is finished published.
+"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C end a verb with what is finished published.
 
 A signal stops the program where it is, which loses nothing that was published. Where a step or a
 shard is being computed it waits for that instead: the loop asks `stop_if_requested` after each.
@@ -14,21 +14,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-#: What a process ends with after either: as a shell reports SIGTERM.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+#: What a process ends with after SIGTERM or SIGUSR1: as a shell reports SIGTERM.
 EXIT_CODE = 143
 
 
 class Stopped(BaseException):
     """The process was told to stop. No error: whoever catches errors must not catch it."""
 
+    @property
+    def exit_code(self) -> int:
+        """`EXIT_CODE`; after Ctrl-C 130, as a shell reports it."""
+        return 130 if str(self) == signal.SIGINT.name else EXIT_CODE
+
 
 _received: signal.Signals | None = None
 _deferring = 0
 
 
+@contextmanager
+def listening() -> Iterator[None]:
+    """`listen` inside the block alone."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        listen()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def listen() -> None:
-    """Handle the signals from now on; does nothing outside of the main thread."""
+    """Handle the signals from now on, none of which has come; only the main thread can do so."""
     global _received, _deferring
     _received, _deferring = None, 0
     if threading.current_thread() is threading.main_thread():
@@ -38,12 +58,14 @@ def listen() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
-    if _received is not None:
-        return  # a scheduler and a launcher may both send one
-    _received = signal.Signals(number)
-    if not _deferring:
-        raise Stopped(_received.name)
-    print(f"{_received.name}: stopping after this step or shard", file=sys.stderr, flush=True)
+    name, again = signal.Signals(number).name, _received is not None
+    _received = _received or signal.Signals(number)
+    # Whoever types Ctrl-C twice means it; a scheduler and a launcher may both send the others.
+    if not _deferring or (again and number == signal.SIGINT):
+        raise Stopped(name)
+    if again:
+        return
+    print(f"{name}: stopping after this step or shard", file=sys.stderr, flush=True)
 
 
 def requested() -> bool:

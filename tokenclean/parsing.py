@@ -11,6 +11,7 @@ import datetime
 import inspect
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 
 from tokenclean.trust import (
     HELP,
+    OPTION,
     advice,
     check_remote_code,
     check_yaml,
@@ -38,6 +40,12 @@ set_parsing_settings(
 _allowed: dict[str, Any] = {}
 #: What jsonargparse was told to trust for the present command.
 _granted: set[str] = set()
+
+#: options that name folders, and more that become names of files where a class takes them
+_FOLDERS = frozenset({"dirpath", "save_dir", "default_root_dir"})
+_FILES = frozenset({"filename", "name", "version", "sub_dir", "root_dir", "log_dir"})
+#: characters of a path
+_PATH = 4096
 
 _PLAIN = (bool, int, float, str, type(None), datetime.timedelta, os.PathLike)
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
@@ -152,6 +160,8 @@ def check(value: Any, place: str = "", resolved: bool = True) -> None:
             within = f"{place}.{key}" if place else str(key)
             if key == "trust_remote_code":
                 check_remote_code(part, within)
+            if not resolved:
+                _check_place(key, part, within, inside=place.endswith("init_args"))
             check(part, within, resolved)
     elif isinstance(value, list | tuple | set):
         for part in value:
@@ -162,6 +172,8 @@ def check(value: Any, place: str = "", resolved: bool = True) -> None:
                 f"{place}: {value!r} is a string that names a class; no such class can be given "
                 "there, or its options are wrong"
             )
+        if not resolved:
+            _check_regular(value, place)
     elif isinstance(value, _PLAIN):
         return
     elif inspect.isclass(value) or inspect.ismodule(value) or callable(value):
@@ -179,8 +191,43 @@ def _check_class(parts: dict[str, Any], place: str, resolved: bool = True) -> No
     elif isinstance(path, str) and (path in _allowed or not (resolved or "." in path)):
         for key, part in rest.items():
             _check_plain(part, f"{place}.{key}", path)
+            if not resolved:
+                for name, value in part.items() if isinstance(part, dict) else [(key, part)]:
+                    _check_place(name, value, f"{place}.{key}", path, inside=True)
     else:
         _refuse(place, str(path))
+
+
+def _check_place(
+    key: Any, value: Any, place: str, path: str | None = None, inside: bool = False
+) -> None:
+    """Refuse a folder or file name of a mapping that leads out of the folders of a run.
+
+    The words of a command line may name any; a class that is trusted may be given any.
+
+    Args:
+        inside: the mapping holds what a class is given, of which more become names of files.
+    """
+    names = _FOLDERS | (_FILES if inside else frozenset())
+    if str(key).rpartition(".")[2] not in names or not isinstance(value, str):
+        return
+    if "://" in value or value.startswith(("/", "~")) or ".." in Path(value).parts:
+        more = f", or trust the class with {OPTION} {path}" if path and "." in path else ""
+        raise ValueError(
+            f"{place}: {value!r} leads out of the working folder, which a configuration may not; "
+            f"name a folder below it, give the option as a word of the command line{more}"
+        )
+
+
+def _check_regular(value: str, place: str) -> None:
+    """Refuse a value that names a pipe, a device or a socket: reading one may never end."""
+    try:
+        path = os.path.expanduser(value.removeprefix("file://"))
+        mode = os.stat(path).st_mode if len(value) < _PATH else stat.S_IFREG
+    except (OSError, ValueError):
+        return  # names nothing
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{place}: {value!r} is no regular file, and nothing else is read")
 
 
 def _check_plain(value: Any, place: str, owner: str) -> None:

@@ -45,6 +45,7 @@ from tokenclean.estimate import (
 from tokenclean.machine import free_memory, matmul_rate
 from tokenclean.models import BaseConfig, LoraSettings
 from tokenclean.models.loading import load_config
+from tokenclean.scoring.module import splits_layers
 from tokenclean.scoring.probe import SAMPLES
 from tokenclean.selection.noise import PARTNERS
 from tokenclean.selection.rule import columns_needed
@@ -120,8 +121,9 @@ class Planner:
         weights: torch.dtype = getattr(torch, dtype)
         training = _PRECISIONS.get(str(trainer.precision), weights)
         scoring = _PRECISIONS.get(scoring_precision, weights)
-        self.training = Setting(lora, True, weights, training, base.load_in_4bit)
-        self.scoring = Setting(lora, False, weights, scoring, base.load_in_4bit)
+        split = trainer.world_size if splits_layers(trainer) else 1
+        self.training = Setting(lora, True, weights, training, base.load_in_4bit, split=split)
+        self.scoring = Setting(lora, False, weights, scoring, base.load_in_4bit, split=split)
         # On a CPU the process itself counts, as it does in what a run reports afterwards.
         self.own = resident_memory() if self.device.type == "cpu" else 0
         self.room = int(USABLE * free_memory(self.device))

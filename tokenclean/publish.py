@@ -28,7 +28,7 @@ _UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG),
 )
-_PARTIAL = re.compile(r"(?P<old>\.old)?\.partial-(?P<host>.+)-(?P<process>\d+)$")
+_PARTIAL = re.compile(r"(?P<old>\.old)?\.partial-(?P<host>.+)-(?P<process>\d{1,10})$")
 
 
 class NotWritten(ValueError):
@@ -48,7 +48,8 @@ def _host() -> str:
 def complete_folder(path: Path, sealed: bool = True) -> Iterator[Path]:
     """A folder to write into that becomes ``path`` only if the block finishes.
 
-    Where ``path`` is a link, what it points to is replaced and the link stays.
+    Where ``path`` is a link, what it points to is replaced and the link stays; but nothing that has
+    no manifest is replaced behind a link, since nobody of us has made it.
 
     Args:
         path: the folder. One of that name is replaced.
@@ -57,13 +58,19 @@ def complete_folder(path: Path, sealed: bool = True) -> Iterator[Path]:
 
     Raises:
         NotWritten: if the disk takes no more, or the place cannot be written to.
+        ValueError: if a link leads to a folder that is not ours.
     """
+    if sealed and path.is_symlink() and path.is_dir() and not (path / MANIFEST).is_file():
+        refuse_links(path)
     path = path.resolve()
     partial, aside = partial_name(path), partial_name(path.with_name(f"{path.name}.old"))
     with writing_to(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         shutil.rmtree(partial, ignore_errors=True)
+        # A process of our number, in a container that was started again, may have left it.
+        _put_back(aside, path)
+        shutil.rmtree(aside, ignore_errors=True)
         partial.mkdir(parents=True)
         sweep(path.parent, path.name)
     try:
@@ -116,6 +123,16 @@ def publish_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse to write through a link that is none of ours: a run folder may come from a stranger.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, to {os.readlink(path)}; delete the link")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -217,7 +234,7 @@ def _escaped(name: str) -> str:
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -309,7 +326,11 @@ def writing_to(path: Path) -> Iterator[None]:
 
 def _not_written(path: Path, error: OSError) -> NotWritten:
     reason = os.strerror(error.errno) if error.errno else str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = (
+        "make room, or choose another place," if full else "choose a place that can be written,"
+    )
     return NotWritten(
-        f"{path} could not be written: {reason}. What was finished before is whole and stays; make "
-        "room, or choose another place, and the same command goes on from there"
+        f"{path} could not be written: {reason}. What was finished before is whole and stays; "
+        f"{remedy} and the same command goes on from there"
     )

@@ -14,13 +14,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tokenclean.publish import sweep, write_json, write_text, writing_to
+from tokenclean.publish import refuse_links, sweep, write_json, write_text, writing_to
 from tokenclean.trust import trusted
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 LOG = "log.txt"
+#: what a run was begun with: models and data by their content, where its configuration has names
+INPUTS = "inputs.json"
+#: bytes looked at on either end of a file of weights
+_ENDS = 1 << 20
 #: held while a run is under way; says by whom
 LOCK = ".lock"
 #: Settings that say where a run lives or how it shows itself, not what it computes.
@@ -46,11 +50,33 @@ def run_folder(outputs: str, name: str | None, stem: str, config: dict[str, Any]
 
 
 def process_rank() -> int:
-    """This process's number among those of the run, from what torchrun, SLURM or Lightning set."""
+    """This process's number among those of the run, from what torchrun, SLURM or Lightning set.
+
+    `check_processes` sees to it that it is one of so many as the run is meant for.
+    """
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+def check_processes(expected: int) -> None:
+    """Refuse processes that nothing connects: each would be a run of its own in the same folder.
+
+    Args:
+        expected: how many the run is meant for.
+
+    Raises:
+        ValueError: if there are others.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started not in (1, expected) or process_rank() >= expected:
+        raise ValueError(
+            f"this is process {process_rank()} of {max(started, process_rank() + 1)} or more that "
+            f"were started, and the run is meant for {expected}: give --trainer.devices (per "
+            "machine), --trainer.num_nodes and --trainer.strategy ddp; `select` is started by "
+            "torchrun, and what takes one process by nothing (no RANK or SLURM_PROCID)"
+        )
 
 
 @contextmanager
@@ -74,6 +100,8 @@ def open_run(folder: Path, config: dict[str, Any]) -> Iterator[None]:
         return
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, LOG, SUMMARY):
+        refuse_links(folder / name)
     with locked(folder):
         check_run(folder, config)  # of the run that had the lock before
         sweep(folder, everything=True)
@@ -93,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _opened(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,8 +135,9 @@ def locked(folder: Path) -> Iterator[None]:
             yield
             return
         # The last holder may have removed the file between our opening and our locking it.
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                break
         os.close(handle)
     try:
         if os.fstat(handle).st_size:
@@ -129,12 +158,68 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _opened(path: Path) -> int:
+    """A handle on the lock's file, which is nobody else's: no link is followed.
+
+    Raises:
+        ValueError: if something else has its name.
+    """
+    refuse_links(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; delete it")
+    with writing_to(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
 def _holder(path: Path) -> str:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         return "process {process} on {host} (since {since}: {command})".format(**note)
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Note what a run is begun with, or refuse to go on with something else under the same names.
+
+    Args:
+        folder: of the run, which is open.
+        inputs: option -> what its content is known by.
+
+    Raises:
+        ValueError: naming the options whose content has changed.
+    """
+    path = folder / INPUTS
+    refuse_links(path)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
+        if changed:
+            raise ValueError(
+                f"{folder} was begun with something else under the same names: "
+                f"{', '.join(changed)}; put back what was there, pass another --name, or delete "
+                "the folder to start over"
+            )
+    write_json(path, inputs)
+
+
+def content_of(name: str) -> str:
+    """What the files of a model, an adapter or a run are known by; a hub name stands for itself.
+
+    Large files count by their size and both ends, so that this takes no time.
+    """
+    folder, digest = Path(name), hashlib.sha256(b"")
+    places = [folder, *(folder / inside for inside in ("adapter", "model", "cleaned", "scores"))]
+    files = [file for place in places if place.is_dir() for file in sorted(place.iterdir())]
+    for file in files:
+        if file.suffix in (".safetensors", ".json", ".model", ".parquet") and file.is_file():
+            with file.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(0)
+                digest.update(f"{file.name} {size} ".encode() + stream.read(_ENDS))
+                stream.seek(max(0, size - _ENDS))
+                digest.update(stream.read())
+    return digest.hexdigest()[:16] if files else name
 
 
 def check_run(folder: Path, config: dict[str, Any]) -> None:
@@ -146,7 +231,7 @@ def check_run(folder: Path, config: dict[str, Any]) -> None:
     text = _plain_text(config)
     stored = folder / CONFIG
     # A run that was refused before it did anything leaves nothing to protect.
-    begun = folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, LOG, LOCK}
+    begun = folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, LOG, LOCK, INPUTS}
     if stored.is_file() and begun:
         before = stored.read_text(encoding="utf-8")
         if before != text:
@@ -187,6 +272,7 @@ def _short(value: Any) -> str:
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
     """Keep the project's log messages in ``log.txt`` while the block runs."""
+    refuse_links(folder / LOG)
     logger = logging.getLogger("tokenclean")
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -314,7 +314,11 @@ class CleaningLoop:
         return self._agreed((folder / MANIFEST).is_file())
 
     def _is_trained(self, step: Path) -> bool:
-        return self._agreed((step / "adapter" / TRAINED_IDS).is_file())
+        found = self._agreed(_is_trained(step))
+        if found and not self.exchange.rank:
+            # of a call that was killed before it had done so
+            shutil.rmtree(step / "checkpoints", ignore_errors=True)
+        return found
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -772,7 +776,8 @@ class CleaningLoop:
             place = folder / name
             if not self._has(place):
                 network = self._at(adapters)
-                with self._measured("score", folder) as cost, self._alone() as first:
+                measured = self._measured("score", folder, alone=True)
+                with measured as cost, self._alone() as first:
                     if first:
                         network.to(self._device)
                         network.check_on_device()
@@ -969,7 +974,7 @@ class CleaningLoop:
         network.to(self._device)
         network.check_on_device()
         result = ArmResult(name=name)
-        with self._measured("evaluate", folder) as cost:
+        with self._measured("evaluate", folder, alone=True) as cost:
             with network.merged():
                 if self.data.test is not None:
                     rows = TokenRows(self.data.test)
@@ -1006,8 +1011,11 @@ class CleaningLoop:
             log.info("%s is there already", folder)
 
     @contextmanager
-    def _measured(self, stage: Stage, folder: Path) -> Iterator[Cost]:
+    def _measured(self, stage: Stage, folder: Path, alone: bool = False) -> Iterator[Cost]:
         """Charge a stage to the arm and round that its folder belongs to.
+
+        Args:
+            alone: it is the first process's, see `_alone`.
 
         Panels are charged to no arm: they measure, and an arm does not need them.
         """
@@ -1016,7 +1024,7 @@ class CleaningLoop:
         arm = SHARED if "panel" in rest[1:] else arm
         rounds = [int(p.removeprefix("round_")) for p in rest[1:] if p.startswith("round_")]
         number = rounds[0] if rounds else 0 if first == "warmup" else None
-        with self.ledger.measure(arm, stage, number, lambda: self._network) as cost:
+        with self.ledger.measure(arm, stage, number, lambda: self._network, alone) as cost:
             yield cost
 
     @cached_property

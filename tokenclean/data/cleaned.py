@@ -34,12 +34,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenclean.arrow import ROWS_PER_SHARD, ArrowTable, TableWriter
+from tokenclean.data.consistency import Consistency, check_ids, checked_batches
 from tokenclean.data.rows import NO_LOSS
 from tokenclean.data.template import fingerprint_tokenizer
 from tokenclean.publish import MANIFEST, complete_folder, read_manifest, write_json
 
 KIND = "cleaned pool"
 DATA = "data.parquet"
+#: of what an unpacked copy has passed
+_CHECKS = 2
 
 
 def cleaned_schema(with_truth: bool) -> pa.Schema:
@@ -102,24 +105,55 @@ class CleanedPool(ArrowTable):
     """A cleaned pool opened for random access.
 
     Parquet cannot be memory-mapped row by row, so it is unpacked once into Arrow shards under
-    ``cache_dir``, keyed by its content.
+    ``cache_dir``, keyed by its content, and checked on the way.
+
+    Args:
+        folder: of the pool.
+        cache_dir: gets the unpacked copy.
+        vocabulary: how many token ids there are; None to leave that to whoever looks them up.
+
+    Raises:
+        ValueError: naming the file and, where there is one, the sample, if the pool is not
+            consistent; see `checked_batches` and `Consistency`.
     """
 
-    def __init__(self, folder: Path, cache_dir: Path):
+    def __init__(self, folder: Path, cache_dir: Path, vocabulary: int | None = None):
         manifest = read_manifest(folder, KIND)
-        with (folder / DATA).open("rb") as file:
+        path, max_length = folder / DATA, _max_length(folder, manifest)
+        with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        unpacked = cache_dir / "cleaned" / digest
+        # Copies of other checks than these count no more.
+        unpacked = cache_dir / "cleaned" / f"{digest}-{_CHECKS}"
         if not (unpacked / MANIFEST).is_file():
             with complete_folder(unpacked) as partial:
-                parquet = pq.ParquetFile(folder / DATA)
+                found = Consistency(path)
+                schema = cleaned_schema(with_truth=True)
                 with TableWriter(partial) as writer:
-                    for batch in parquet.iter_batches(ROWS_PER_SHARD):
+                    for batch in checked_batches(path, schema, ROWS_PER_SHARD, max_length):
+                        found.check(batch)
                         writer.write(batch)
-                write_json(partial / MANIFEST, manifest)
+                found.finish()
+                seen = {"largest": found.largest, "longest": found.longest}
+                write_json(partial / MANIFEST, {**manifest, "found": seen})
         super().__init__(unpacked, KIND)
+        seen = self.manifest["found"]
         # The name that it is known by, not that of its unpacked copy.
         self.manifest, self.folder = manifest, Path(folder)
+        if vocabulary is not None and seen["largest"] >= vocabulary:
+            check_ids(path, self.batches(), vocabulary)
+        if max_length is not None and seen["longest"] > max_length:
+            raise ValueError(
+                f"{path}: a sample has {seen['longest']:,} tokens, more than the {max_length:,} "
+                "that the manifest states as max_length"
+            )
+
+
+def _max_length(folder: Path, manifest: dict[str, Any]) -> int | None:
+    """Tokens that a row may have, as the manifest states it; None if it does not."""
+    stated = manifest.get("max_length")
+    if stated is not None and (type(stated) is not int or stated < 1):
+        raise ValueError(f"{folder / MANIFEST}: max_length {stated!r:.40} is no number of tokens")
+    return stated
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -201,12 +235,17 @@ def read_blocks(folder: Path, rows: int = ROWS_PER_SHARD) -> Iterator[CleanedBlo
     """A cleaned pool in pool order, some rows at a time; memory holds one block.
 
     Raises:
-        ValueError: if the folder holds no cleaned pool.
+        ValueError: if the folder holds no cleaned pool, or its file is none; see `checked_batches`.
     """
-    read_manifest(folder, KIND)
+    max_length = _max_length(folder, read_manifest(folder, KIND))
     first = 0
-    for batch in pq.ParquetFile(folder / DATA).iter_batches(rows):
-        lists = [f.name for f in batch.schema if pa.types.is_list(f.type)]
+    schema = cleaned_schema(with_truth=True)
+    for batch in checked_batches(folder / DATA, schema, rows, max_length):
+        lists = [
+            f.name
+            for f in batch.schema
+            if pa.types.is_list(f.type) and batch.column(f.name).null_count == 0
+        ]
         columns = {name: batch.column(name).flatten() for name in lists}
 
         def numbers(name: str, columns: dict[str, pa.Array] = columns) -> np.ndarray:

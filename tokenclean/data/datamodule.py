@@ -274,7 +274,8 @@ class TuluDataModule(LightningDataModule):
         self.table: ArrowTable
         if self.cleaned_folder:
             check_tokenizer(self.cleaned_folder, tokeniser.tokenizer)
-            self.table = CleanedPool(self.cleaned_folder, self.cache_dir)
+            vocabulary = 1 + max(tokeniser.tokenizer.get_vocab().values(), default=-1)
+            self.table = CleanedPool(self.cleaned_folder, self.cache_dir, vocabulary)
         else:
             folder = self._pool_folder(self._reader(self.paths), self.validation_share)
             self.table = open_pool(folder / "train")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +24,8 @@ TRAINED_IDS = "trained_ids.json"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 #: of an adapter, in PEFT's format
 WEIGHTS = "adapter_model.safetensors"
+#: a module's name, whole or its end
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
 
 @dataclass
@@ -59,11 +62,19 @@ class LoraSettings:
 
 
 def trained_ids(folder: Path) -> list[str]:
-    """Ids of the samples an adapter (with all it stands on) was trained on; [] if unknown."""
+    """Ids of the samples an adapter (with all it stands on) was trained on; [] if unknown.
+
+    Raises:
+        ValueError: if what is written there is no list of strings.
+    """
     path = folder / TRAINED_IDS
     if not path.is_file():
         return []
-    ids: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    ids: Any = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise ValueError(
+            f"{path} is no list of ids; mend it, or delete it if nobody knows what was trained on"
+        )
     return ids
 
 
@@ -101,7 +112,9 @@ def check_adapter_folder(folder: Path) -> None:
             f"model.adapters: {folder} holds {what}; {WEIGHTS} is needed, which save_pretrained of "
             "peft writes"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config: Any = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"model.adapters: {path} is no configuration of an adapter")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"model.adapters: {folder} holds {config.get('peft_type')}, not LORA")
     unlike = {
@@ -118,6 +131,48 @@ def check_adapter_folder(folder: Path) -> None:
         raise ValueError(
             f"model.adapters: {folder} is not plain LoRA ({', '.join(found)}); merge it into its "
             "base and give the result as model.base.name"
+        )
+    _check_names(path, config)
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    """Refuse module names that peft would take as regular expressions, which may run for ever."""
+    for option in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(option)
+        if option == "layers_pattern" and isinstance(value, str):
+            value = [value]  # peft puts it into an expression in either form
+        names = value if isinstance(value, list) else [] if value is None else [None]
+        if option == "target_modules" and value == "all-linear":
+            continue
+        if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+            raise ValueError(
+                f"model.adapters: {option} of {path} must be a list of plain module names, such as "
+                f"q_proj, not {str(value)[:60]!r}; save the adapter again with such a list"
+            )
+
+
+def check_fits(folder: Path, keys: Collection[str]) -> None:
+    """Refuse an adapter whose tensors are not those that the model takes from it.
+
+    Args:
+        folder: of the adapter.
+        keys: names of the tensors that the model now has of it.
+
+    Raises:
+        ValueError: naming one that is missing or has no module.
+    """
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            there = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS}: it cannot be read: {error}") from error
+    unexpected, missing = sorted(there - set(keys)), sorted(set(keys) - there)
+    if unexpected or missing:
+        found = [f"no module takes {name}" for name in unexpected[:1]]
+        found += [f"it lacks {name}" for name in missing[:1]]
+        raise ValueError(
+            f"model.adapters: {folder} does not fit model.base ({'; '.join(found)}); give the base "
+            "that it was trained on"
         )
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from tokenclean.data.template import vocabulary_hash
 
 log = logging.getLogger(__name__)
+
+#: what a config.json states of the depth and of the widths of a model
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim"),
+    *("head_dim", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+)
+#: the longest config.json that is read
+_CONFIG_CHARACTERS = 1 << 24
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -87,10 +99,12 @@ def load_config(base: BaseConfig) -> Any:
 
     Raises:
         ValueError: if there is none, or what lies beside it is no model to be read: an adapter,
-            weights that are pickles alone; or if it asks for code from the hub.
+            weights that are pickles alone, or smaller than the configuration says; or if it asks
+            for code from the hub.
     """
     _check_local(base.name, "model.base.name")
     _check_weights(Path(base.name))
+    _check_sizes(Path(base.name))
     try:
         config = AutoConfig.from_pretrained(
             base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -122,6 +136,42 @@ def _check_weights(folder: Path) -> None:
             "never loaded, since that can run code; convert it (AutoModelForCausalLM."
             "from_pretrained, then save_pretrained, where you trust it)"
         )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse a configuration of a larger model than the weights beside it, before one is built.
+
+    Only the headers of the weights are read. Without weights there is nothing to compare.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    layers, widest = 0, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118: no mapping
+                    widest = max(widest, *weights.get_slice(name).get_shape(), 0)
+                    numbers = [int(n) for n in name.split(".") if n.isdigit() and len(n) < 9]
+                    layers = max(layers, 1 + (numbers[0] if numbers else -1))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model.base.name: {file} cannot be read: {error}") from error
+    if not widest:
+        return
+    try:
+        with path.open(encoding="utf-8") as text:
+            config: Any = json.loads(text.read(_CONFIG_CHARACTERS))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model.base.name: {path} cannot be read: {error}") from error
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    for part in parts:
+        for name, value in part.items() if isinstance(part, dict) else ():
+            most = layers if name in _DEPTHS else widest if name in _WIDTHS else None
+            if most is not None and isinstance(value, int | float) and not value <= most:
+                raise ValueError(
+                    f"model.base.name: {path} states {name} {value}, and the weights beside it "
+                    f"have {most} at most; it is not the configuration of these weights"
+                )
 
 
 def _check_local(name: str, option: str) -> None:

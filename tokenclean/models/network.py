@@ -30,6 +30,7 @@ from tokenclean.machine import free_memory, settled
 from tokenclean.models.adapters import (
     LoraSettings,
     check_adapter_folder,
+    check_fits,
     disk_errors,
     join_adapters,
     share,
@@ -123,10 +124,11 @@ class Network(nn.Module):
                 use_safetensors=True,
                 **options,
             )
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"model.base.name: {base.name} could not be loaded: {error}"
-            ) from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            text = " ".join(str(error).split())[:500]
+            raise ValueError(f"model.base.name: {base.name} could not be loaded: {text}") from error
         network = cls(hf, base.layout, base.speed)
         log.info("base %s: %s weights, %s batches", base.name, dtype, network.layout)
         return network
@@ -393,7 +395,8 @@ class Network(nn.Module):
         """Put a saved adapter, frozen, on top of the stack.
 
         Raises:
-            ValueError: if the folder holds no adapter, or one that is not plain LoRA.
+            ValueError: if the folder holds no adapter, one that is not plain LoRA, or one whose
+                tensors do not fit the model's modules.
         """
         folder = Path(folder)
         check_adapter_folder(folder)
@@ -406,7 +409,11 @@ class Network(nn.Module):
                 self._peft = [peft]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model.adapters: {folder} cannot be read: {error}") from error
+        except RuntimeError as error:  # shapes of another model
+            text = " ".join(str(error).split())[:300]
+            raise ValueError(f"model.adapters: {folder} does not fit model.base: {text}") from error
         self._check_adapter(f"model.adapters: {folder}")
+        check_fits(folder, self._adapter_state(name))
         self.stack.append(name)
         self._activate(len(self.stack), train_last=False)
 

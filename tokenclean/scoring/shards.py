@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 #: A shard has so many batches: fewer where that would make less than `LEAST` shards, for they are
 #: dealt to processes whole, and more where it would make over `MOST` files.
-BATCHES, LEAST, MOST = 16, 8, 4096
+BATCHES, LEAST, MOST = 16, 8, 65_536
 PLAN = "plan.json"
 _DIGEST = hashlib.sha256().digest_size
 
@@ -83,7 +83,8 @@ class Shards:
         self.size = max(1, min(BATCHES, batches // LEAST), -(-batches // MOST))
         self.count = -(-batches // self.size)
         digest = hashlib.sha256(content_key(manifest, planned.rows.rows).encode())
-        digest.update(np.array([len(batch) for batch in planned.plan], dtype=np.int64).tobytes())
+        sizes = [self.size, *map(len, planned.plan)]
+        digest.update(np.array(sizes, dtype=np.int64).tobytes())
         for batch in planned.plan:
             digest.update(np.ascontiguousarray(batch, dtype=np.int64).tobytes())
         #: of all that the numbers depend on

@@ -138,13 +138,17 @@ def _follow_trust() -> None:
     _granted.update(now)
 
 
-def check(value: Any, place: str = "", resolved: bool = True) -> None:
+def check(
+    value: Any, place: str = "", resolved: bool = True, confined: bool = True
+) -> None:
     """Refuse options that name what they may not, before anything is made of them.
 
     Args:
         value: what was parsed, or a part of it.
         place: its dotted option.
-        resolved: whether all paths are whole; else names without a dot are left to the parser.
+        resolved: whether all paths are whole; else names without a dot are left to the parser, and
+            files and folders are looked at, too.
+        confined: folders that are named must not lead out of the working folder.
 
     Raises:
         ValueError: naming option and path, for a class, function or module that is neither allowed
@@ -160,12 +164,12 @@ def check(value: Any, place: str = "", resolved: bool = True) -> None:
             within = f"{place}.{key}" if place else str(key)
             if key == "trust_remote_code":
                 check_remote_code(part, within)
-            if not resolved:
+            if confined and not resolved:
                 _check_place(key, part, within, inside=place.endswith("init_args"))
-            check(part, within, resolved)
+            check(part, within, resolved, confined)
     elif isinstance(value, list | tuple | set):
         for part in value:
-            check(part, place, resolved)
+            check(part, place, resolved, confined)
     elif isinstance(value, str):
         if _SPEC.search(value):
             raise ValueError(
@@ -187,7 +191,7 @@ def _check_class(parts: dict[str, Any], place: str, resolved: bool = True) -> No
     path = parts["class_path"]
     rest = {key: part for key, part in parts.items() if key != "class_path"}
     if isinstance(path, str) and is_trusted(path):
-        check(rest, place, resolved)
+        check(rest, place, resolved, confined=False)
     elif isinstance(path, str) and (path in _allowed or not (resolved or "." in path)):
         for key, part in rest.items():
             _check_plain(part, f"{place}.{key}", path)

@@ -150,7 +150,7 @@ def _check_sizes(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118: no mapping
+                for name in weights.keys():  # noqa: SIM118
                     widest = max(widest, *weights.get_slice(name).get_shape(), 0)
                     numbers = [int(n) for n in name.split(".") if n.isdigit() and len(n) < 9]
                     layers = max(layers, 1 + (numbers[0] if numbers else -1))

@@ -141,7 +141,7 @@ def write_pool(folder: Path, rows: Sequence[Row], tokenizer: Any, **manifest: An
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "vocabulary": vocabulary_hash(tokenizer),
         "template": "tulu",
-        "max_length": 64,
+        "max_length": 128,
         "eos_id": tokenizer.eos_token_id,
         "base": "base-print",
         "reference": "reference-print",

@@ -1,4 +1,4 @@
-"""Models, adapters, checkpoints and configurations from elsewhere that do not mean what they say."""
+"""Models, adapters, checkpoints and configurations from elsewhere that are not what they say."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def wider(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (wider, "size mismatch"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize("below", [False, True])
 def test_an_adapter_of_another_model_is_refused(
     other: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
@@ -192,7 +193,9 @@ def test_a_small_checkpoint_takes_little_memory(
     path = checkpoint(tmp_path / "step-00000001.ckpt", Calls(what, size))
     assert path.stat().st_size < 3000
     for whole in (True, False):
-        with pytest.raises(ValueError, match=rf"is no whole checkpoint \(it names .*{named}, which"):
+        with pytest.raises(
+            ValueError, match=rf"is no whole checkpoint \(it names .*{named}, which"
+        ):
             read_checkpoint(path, whole)
     assert newest_checkpoint(tmp_path) is None
 

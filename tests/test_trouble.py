@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from test_training import ROWS, Watch, adapted, cleaned, everything, fit, relative, some
@@ -113,12 +114,19 @@ def test_an_optimizer_that_does_not_fit(model_folder: Path, data: TuluDataModule
 
 
 def poisoned(data: TuluDataModule, folder: Path, row: int, weight: float) -> CleanedPool:
-    """A cleaned pool, one sample of which has such a weight."""
+    """A cleaned pool, one sample of which has such a weight, though it was opened without."""
 
     def weights(at: int, length: int) -> list[float]:
-        return [weight if at == row else 1.0] * length
+        return [2.0 if at == row else 1.0] * length
 
-    return cleaned(data.pool, everything, folder, weight=weights)
+    table = cleaned(data.pool, everything, folder, weight=weights)
+    for i, batch in enumerate(table.batches()):
+        column, place = batch.column("weight"), batch.schema.get_field_index("weight")
+        values = column.values.to_numpy().copy()
+        values[values == 2.0] = weight
+        changed = pa.ListArray.from_arrays(column.offsets, pa.array(values))
+        table.batches()[i] = batch.set_column(place, "weight", changed)
+    return table
 
 
 @pytest.mark.parametrize("step", [0, 2])

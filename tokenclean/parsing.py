@@ -138,9 +138,7 @@ def _follow_trust() -> None:
     _granted.update(now)
 
 
-def check(
-    value: Any, place: str = "", resolved: bool = True, confined: bool = True
-) -> None:
+def check(value: Any, place: str = "", resolved: bool = True, confined: bool = True) -> None:
     """Refuse options that name what they may not, before anything is made of them.
 
     Args:
@@ -196,8 +194,10 @@ def _check_class(parts: dict[str, Any], place: str, resolved: bool = True) -> No
         for key, part in rest.items():
             _check_plain(part, f"{place}.{key}", path)
             if not resolved:
-                for name, value in part.items() if isinstance(part, dict) else [(key, part)]:
-                    _check_place(name, value, f"{place}.{key}", path, inside=True)
+                given = part if isinstance(part, dict) else {key: part}
+                for name, value in given.items():
+                    within = f"{place}.{key}.{name}" if given is part else f"{place}.{name}"
+                    _check_place(name, value, within, path, inside=True)
     else:
         _refuse(place, str(path))
 

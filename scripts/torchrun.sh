@@ -4,6 +4,7 @@
 # PROCESSES   on this machine; default: one per GPU, without GPUs two
 # MACHINES    how many; the same command is given on each, and all see the same files
 # MAIN        HOST:PORT of the first machine, where there are several
+# TOKENCLEAN_VENV  environment to take torchrun from, if none is activated; default: .venv here
 # Told to stop (SIGTERM, SIGUSR1, Ctrl-C) it lets the step or shard be finished and ends with 143; the
 # same command goes on from there (`score` with another number of processes if need be).
 set -euo pipefail
@@ -12,6 +13,10 @@ set -m
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # An activated environment goes first.
 PATH="$PATH:${TOKENCLEAN_VENV:-$root/.venv}/bin"
+if ! command -v torchrun >/dev/null; then
+    echo "torchrun.sh: no torchrun: activate the environment, or name its folder in TOKENCLEAN_VENV" >&2
+    exit 2
+fi
 verb="${1:?usage: bash scripts/torchrun.sh VERB [OPTIONS ...]}"
 shift
 
@@ -49,6 +54,7 @@ while [ -n "$waiting" ]; do
 done
 # torchrun itself has one code for whatever ends its processes.
 if [ -n "$told" ] && [ "$code" -ne 0 ]; then
+    echo "torchrun.sh: stopped as told; the same command goes on where it stopped" >&2
     code=143
 fi
 exit "$code"

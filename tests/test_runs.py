@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tokenclean.interrupts import Stopped
 from tokenclean.publish import NotWritten
 from tokenclean.runs import (
     LOCK,
@@ -69,6 +70,7 @@ def test_a_dead_holders_lock_is_taken_over_and_its_rests_are_swept(
     assert (folder / LOCK).exists()
     with open_run(folder, {"a": 1}):
         assert not (folder / "deep" / "scores.partial-elsewhere-17").exists()
+    assert f"process {process.pid} on" in (folder / "log.txt").read_text()
     assert f"process {process.pid} on" in caplog.text
     assert "ended without finishing" in caplog.text
 
@@ -201,3 +203,9 @@ def test_processes_that_nothing_connects_are_refused(
     else:
         with pytest.raises(ValueError, match=r"--trainer\.devices"):
             check_processes(expected)
+
+
+def test_a_stopped_run_says_so_in_its_log(tmp_path: Path) -> None:
+    with pytest.raises(Stopped), open_run(tmp_path / "run", {"a": 1}):
+        raise Stopped("SIGTERM")
+    assert "stopped by SIGTERM" in (tmp_path / "run" / "log.txt").read_text()

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from tokenclean.interrupts import Stopped
 from tokenclean.publish import refuse_links, sweep, write_json, write_text, writing_to
 from tokenclean.trust import trusted
 
@@ -102,19 +103,24 @@ def open_run(folder: Path, config: dict[str, Any]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, LOG, SUMMARY):
         refuse_links(folder / name)
-    with locked(folder):
+    with locked(folder) as dead:
         check_run(folder, config)  # of the run that had the lock before
         sweep(folder, everything=True)
         write_text(folder / CONFIG, _plain_text(config))
         with log_to(folder):
+            if dead is not None:
+                log.warning("%s ended without finishing; going on from there", dead)
             if trusted():
                 log.info("trusted to run code: %s", ", ".join(trusted()))
             yield
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[str | None]:
     """Hold a folder for this process alone. The lock of a process that died is no lock.
+
+    Yields:
+        The dead process whose lock is taken over, if there was one.
 
     Raises:
         ValueError: naming the process that holds it.
@@ -132,7 +138,7 @@ def locked(folder: Path) -> Iterator[None]:
                     f"{folder} is in use by {holder}; wait for it, or pass another --name"
                 ) from None
             log.warning("%s: this file system has no locks; start one run at a time", folder)
-            yield
+            yield None
             return
         # The last holder may have removed the file between our opening and our locking it.
         with suppress(FileNotFoundError):
@@ -140,10 +146,7 @@ def locked(folder: Path) -> Iterator[None]:
                 break
         os.close(handle)
     try:
-        if os.fstat(handle).st_size:
-            log.warning(
-                "%s: %s ended without finishing; going on from there", folder, _holder(path)
-            )
+        dead = _holder(path) if os.fstat(handle).st_size else None
         note = {
             "process": os.getpid(),
             "host": socket.gethostname(),
@@ -152,7 +155,7 @@ def locked(folder: Path) -> Iterator[None]:
         }
         os.ftruncate(handle, 0)
         os.write(handle, (json.dumps(note) + "\n").encode())
-        yield
+        yield dead
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
@@ -277,8 +280,13 @@ def log_to(folder: Path) -> Iterator[None]:
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+    # A full disk takes no lines either: what the run says of it counts, not a trace per line.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     try:
         yield
+    except Stopped as stop:
+        log.warning("stopped by %s; the same command goes on from here", stop)
+        raise
     except Exception:
         # Into the file alone: on the screen the caller says it in one line.
         record = (logger.name, logging.ERROR, __file__, 0, "the run stopped", (), sys.exc_info())

@@ -260,6 +260,11 @@ class Checkpoints(Checkpoint):
         self._saved, self._last = trainer.global_step, time.monotonic()
         self._drop_others(trainer, trainer.global_step)
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        # A call that was killed after its last step may have left the one before, too.
+        if self.folder is not None and (self.folder / file_name(trainer.global_step)).is_file():
+            self._drop_others(trainer, trainer.global_step)
+
     def _drop_others(self, trainer: Any, step: int) -> None:
         if trainer.is_global_zero and self.folder is not None:
             for other in self.folder.glob("step-*.ckpt"):

@@ -1,6 +1,6 @@
 """Selection from a pool larger than memory: ten million samples, a thousand million scores.
 
-    python scripts/bench_scale.py --folder /tmp/scale            # 6 GB of disk, 20 minutes
+    python scripts/bench_scale.py --folder outputs/scale         # 6 GB of disk, 20 minutes
     python scripts/bench_scale.py --samples 100000 --scores 10000000
 
 The pool is a real one, written and opened through the package. Its losses are generated: those of a

@@ -248,18 +248,18 @@ def test_a_checkpoint_packed_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 OUTSIDE: list[tuple[str, Any, str]] = [
-    ("trainer.default_root_dir", "/tmp/elsewhere", "default_root_dir"),
+    ("trainer.default_root_dir", "/elsewhere", "default_root_dir"),
     ("trainer.default_root_dir", "../elsewhere", "default_root_dir"),
     ("trainer.default_root_dir", "~/elsewhere", "default_root_dir"),
-    ("trainer.logger", of(TENSORBOARD, save_dir="/tmp/elsewhere"), "save_dir"),
+    ("trainer.logger", of(TENSORBOARD, save_dir="/elsewhere"), "save_dir"),
     ("trainer.logger", of(TENSORBOARD, save_dir="x", name="../../y"), "name"),
     ("trainer.logger", of("CSVLogger", save_dir="s3://bucket"), "save_dir"),
     ("trainer.logger", [of(CSV, save_dir="a/../../b")], "save_dir"),
-    ("trainer.logger", {"init_args": {"save_dir": "/tmp/elsewhere"}}, "save_dir"),
-    ("trainer.callbacks", [of(CHECKPOINT, dirpath="/tmp/elsewhere")], "dirpath"),
+    ("trainer.logger", {"init_args": {"save_dir": "/elsewhere"}}, "save_dir"),
+    ("trainer.callbacks", [of(CHECKPOINT, dirpath="/elsewhere")], "dirpath"),
     ("trainer.callbacks", [of(CHECKPOINT, filename="../../x")], "filename"),
-    ("trainer.profiler", of(PROFILER, dirpath="/tmp/elsewhere", filename="x"), "dirpath"),
-    ("trainer.profiler", of(PROFILER, filename="/tmp/elsewhere"), "filename"),
+    ("trainer.profiler", of(PROFILER, dirpath="/elsewhere", filename="x"), "dirpath"),
+    ("trainer.profiler", of(PROFILER, filename="/elsewhere"), "filename"),
 ]
 
 

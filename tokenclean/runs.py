@@ -249,16 +249,6 @@ def check_run(folder: Path, config: dict[str, Any]) -> None:
             )
 
 
-def stop_if_interrupted(trainer: Any) -> None:
-    """Turn a signal that Lightning swallowed into an exception: half a run is no result.
-
-    Raises:
-        KeyboardInterrupt: if the trainer was told to stop.
-    """
-    if trainer.interrupted or trainer.received_sigterm:
-        raise KeyboardInterrupt
-
-
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Store a run's summary and print its one line."""
     write_json(folder / SUMMARY, summary)
